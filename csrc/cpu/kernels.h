@@ -1,0 +1,58 @@
+// The kernels' interface: one table of functions per instruction set, raw pointers only, no torch.
+//
+// Every product of an op is `C = A * B`: A is read by rows, B comes as packed panels, C is row-major.
+// All functions are thread-safe, keep no state, and do work that does not depend on who calls them, so results are
+// bitwise equal however the calls are shared out between threads.
+#pragma once
+
+#include <stdint.h>
+
+#include "../common/dtype.h"
+
+namespace mtl {
+
+// A strided matrix: element (i, j) lies at data + (i * row_stride + j * col_stride) elements.
+struct Matrix {
+  const void* data;
+  int64_t rows, cols;
+  int64_t row_stride, col_stride;
+};
+
+struct Kernels {
+  const char* isa;
+
+  // ---- panels: B [P, N] as float32/float64 (or bfloat16 pairs), [P blocks][column panels][P block][panel width].
+  // The bytes of all panels, and the number of panels: the units that can be packed independently.
+  int64_t (*panels_bytes)(DType type, int64_t p, int64_t n);
+  int64_t (*panel_count)(DType type, int64_t n);
+  // Packs the panels [first, last) of B; columns past n are filled with zeros.
+  void (*pack_panels)(DType type, const Matrix& b, int64_t first, int64_t last, void* panels);
+
+  // ---- rows: out[i, :] = A[i, :] * B + bias for the rows [begin, end) of A.
+  // Each element is one chain of fused multiply-adds in the order of p, whatever the rows of the call.
+  // bias: n accumulators, or null. out: elements of `type` with out_row_stride, columns contiguous.
+  int64_t (*rows_scratch_bytes)(DType type);
+  void (*rows)(DType type, const Matrix& a, int64_t begin, int64_t end, const void* panels, int64_t n, const void* bias,
+               void* out, int64_t out_row_stride, void* scratch);
+
+  // ---- outer: sum[k, d] += sum over the rows r in [begin, end) of G[r, k] * X[r, d], for the columns [k0, k1) of G and
+  // [d0, d1) of X. sum: accumulators, row-major with sum_row_stride; (k0, d0) is its first element.
+  // column_sum[k] += sum over r of G[r, k] when it is not null.
+  int64_t (*outer_scratch_bytes)(DType type, int64_t k);
+  void (*outer)(DType type, const Matrix& g, const Matrix& x, int64_t begin, int64_t end, int64_t k0, int64_t k1, int64_t d0,
+                int64_t d1, void* sum, int64_t sum_row_stride, void* column_sum, void* scratch);
+
+  // ---- out[i] = parts[0][i] + parts[1][i] + ... in this order, for i in [begin, end); out has elements of `type`.
+  void (*sum_parts)(DType type, const void* parts, int64_t part_count, int64_t part_stride, int64_t begin, int64_t end,
+                    void* out);
+  // ---- out[i] = accumulator of in[i * stride], for i in [0, n).
+  void (*widen)(DType type, const void* in, int64_t n, int64_t stride, void* out);
+};
+
+// Defined one per kernels_<isa>.cpp.
+const Kernels* kernels_baseline();
+const Kernels* kernels_avx2();
+const Kernels* kernels_avx512();
+const Kernels* kernels_avx512_bf16();
+
+}  // namespace mtl

@@ -1,0 +1,165 @@
+// multi_head_linear on the CPU: checks, allocation, sharing out the work. The products are in products.h.
+//
+//   forward    y  [N, K] = x W^T + bias
+//   backward   dx [N, D] = g W        dW [K, D] = g^T x        db [K] = sum of the rows of g
+//
+// Determinism: an element of y or dx is one chain over p, an element of dW a sum over fixed slices of the rows. The
+// slices depend on the shape alone, so every result is bitwise equal whatever the number of threads.
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <array>
+#include <tuple>
+#include <vector>
+
+#include "../common/checks.h"
+#include "buffer.h"
+#include "isa.h"
+
+namespace mtl {
+namespace {
+
+using torch::stable::parallel_for;
+
+// Multiply-adds that pay for waking a thread (about 10 microseconds of work).
+constexpr int64_t kThreadWork = 1 << 19;
+int64_t grain(int64_t work_per_item) { return std::max<int64_t>(1, kThreadWork / std::max<int64_t>(1, work_per_item)); }
+
+Matrix matrix(const Tensor& t) { return {t.const_data_ptr(), t.size(0), t.size(1), t.stride(0), t.stride(1)}; }
+Matrix transposed(const Matrix& m) { return {m.data, m.cols, m.rows, m.col_stride, m.row_stride}; }
+
+Tensor empty(const Tensor& like, std::vector<int64_t> sizes) {
+  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size()));
+}
+
+Buffer pack(const Kernels& k, DType type, const Matrix& b) {
+  Buffer panels = make_buffer(k.panels_bytes(type, b.rows, b.cols));
+  const int64_t count = k.panel_count(type, b.cols);
+  const int64_t work = b.rows * b.cols / std::max<int64_t>(1, count);
+  parallel_for(0, count, grain(4 * work),
+               [&](int64_t begin, int64_t end) { k.pack_panels(type, b, begin, end, panels.get()); });
+  return panels;
+}
+
+// out = a * b + bias, all rows.
+void multiply(const Kernels& k, DType type, const Matrix& a, const Matrix& b, const void* bias, void* out) {
+  if (a.rows == 0 || b.cols == 0) return;
+  const Buffer panels = pack(k, type, b);
+  parallel_for(0, a.rows, grain(b.rows * b.cols), [&](int64_t begin, int64_t end) {
+    const Buffer scratch = make_buffer(k.rows_scratch_bytes(type));
+    k.rows(type, a, begin, end, panels.get(), b.cols, bias, out, b.cols, scratch.get());
+  });
+}
+
+Tensor multi_head_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  const DType type = dtype_of(x, "x");
+  check_cpu_matrix(x, "x", type);
+  check_cpu_matrix(weight, "weight", type);
+  check_size(weight.size(1), x.size(1), "weight: size of dimension 1");
+  const Kernels& k = kernels();
+  const int64_t heads = weight.size(0);
+  Buffer wide_bias;
+  if (bias.has_value()) {
+    STD_TORCH_CHECK(bias->is_cpu() && bias->dim() == 1 && dtype_of(*bias, "bias") == type,
+                    "bias: expected a CPU vector of the dtype of x");
+    check_size(bias->size(0), heads, "bias: size of dimension 0");
+    wide_bias = make_buffer(heads * accumulator_bytes(type));
+    k.widen(type, bias->const_data_ptr(), heads, bias->stride(0), wide_bias.get());
+  }
+  Tensor out = empty(x, {x.size(0), heads});
+  multiply(k, type, matrix(x), transposed(matrix(weight)), wide_bias.get(), out.mutable_data_ptr());
+  return out;
+}
+
+// How dW is shared out: blocks of K x D that stay in the second-level cache, times slices of the rows where the blocks
+// alone are too few for many cores. The partial sums of all slices hold at most kParts blocks.
+struct Shares {
+  static constexpr int64_t kBlockK = 192, kBlockD = 256, kParts = 32, kSliceRows = 256;
+  int64_t n, k, d, blocks_k, blocks_d, slices;
+
+  Shares(int64_t n, int64_t k, int64_t d)
+      : n(n), k(k), d(d), blocks_k((k + kBlockK - 1) / kBlockK), blocks_d((d + kBlockD - 1) / kBlockD) {
+    const int64_t blocks = std::max<int64_t>(1, blocks_k * blocks_d);
+    slices = std::clamp<int64_t>(n / kSliceRows, 1, (kParts + blocks - 1) / blocks);
+  }
+  int64_t count() const { return slices * blocks_k * blocks_d; }
+  int64_t row(int64_t slice) const { return slice * (n / slices) + std::min(slice, n % slices); }
+  // Equal blocks, their edges at multiples of the tiles' heights and widths.
+  static int64_t edge(int64_t index, int64_t blocks, int64_t size, int64_t multiple) {
+    const int64_t step = ((size + blocks - 1) / blocks + multiple - 1) / multiple * multiple;
+    return std::min(size, index * step);
+  }
+  int64_t edge_k(int64_t index) const { return edge(index, blocks_k, k, 12); }
+  int64_t edge_d(int64_t index) const { return edge(index, blocks_d, d, 32); }
+};
+
+std::tuple<Tensor, Tensor, Tensor> multi_head_linear_backward(const Tensor& grad, const Tensor& x, const Tensor& weight,
+                                                              bool need_x, bool need_weight, bool need_bias) {
+  const DType type = dtype_of(x, "x");
+  check_cpu_matrix(grad, "grad", type);
+  check_cpu_matrix(x, "x", type);
+  check_cpu_matrix(weight, "weight", type);
+  check_size(weight.size(1), x.size(1), "weight: size of dimension 1");
+  check_size(grad.size(0), x.size(0), "grad: size of dimension 0");
+  check_size(grad.size(1), weight.size(0), "grad: size of dimension 1");
+  const Kernels& k = kernels();
+  const Matrix g = matrix(grad), xm = matrix(x), w = matrix(weight);
+  Tensor dx = need_x ? empty(x, {xm.rows, xm.cols}) : empty(x, {0});
+  Tensor dw = need_weight ? empty(x, {w.rows, w.cols}) : empty(x, {0});
+  Tensor db = need_bias ? empty(x, {w.rows}) : empty(x, {0});
+
+  const bool sums_rows = (need_weight || need_bias) && w.rows > 0;
+  const Shares shares(xm.rows, w.rows, need_weight ? xm.cols : 0);
+  // One block holds all of dW: its rows of g and x are in the cache, so dx is computed with them.
+  const bool with_dx = need_x && sums_rows && shares.blocks_k == 1 && shares.blocks_d == 1;
+  if (need_x && !with_dx) multiply(k, type, g, w, nullptr, dx.mutable_data_ptr());
+  if (!sums_rows) return {dx, dw, db};
+
+  const Buffer panels = with_dx ? pack(k, type, w) : Buffer();
+  const int64_t acc = accumulator_bytes(type), d = shares.d;
+  const int64_t part = w.rows * d + w.rows;  // accumulators of one slice: dW, then db
+  const bool direct = shares.slices == 1 && element_bytes(type) == acc;
+  const Buffer parts = direct ? Buffer() : make_buffer(shares.slices * part * acc);
+  char* const dw_out = need_weight ? static_cast<char*>(dw.mutable_data_ptr()) : nullptr;
+  char* const db_out = need_bias ? static_cast<char*>(db.mutable_data_ptr()) : nullptr;
+  char* const dx_out = with_dx ? static_cast<char*>(dx.mutable_data_ptr()) : nullptr;
+  const int64_t blocks_d = std::max<int64_t>(1, shares.blocks_d), units = shares.slices * shares.blocks_k * blocks_d;
+
+  parallel_for(0, units, grain(xm.rows * w.rows * std::max<int64_t>(1, d) / units), [&](int64_t begin, int64_t end) {
+    const Buffer scratch = make_buffer(std::max(k.outer_scratch_bytes(type, Shares::kBlockK), k.rows_scratch_bytes(type)));
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t slice = unit / (shares.blocks_k * blocks_d), block = unit % (shares.blocks_k * blocks_d);
+      const int64_t k0 = shares.edge_k(block / blocks_d), k1 = shares.edge_k(block / blocks_d + 1);
+      const int64_t d0 = d ? shares.edge_d(block % blocks_d) : 0, d1 = d ? shares.edge_d(block % blocks_d + 1) : 0;
+      char* const part_begin = direct ? nullptr : static_cast<char*>(parts.get()) + slice * part * acc;
+      char* const sum = (direct ? dw_out : part_begin) + (d ? (k0 * d + d0) * acc : 0);
+      char* column_sum = nullptr;
+      if (need_bias && block % blocks_d == 0) column_sum = (direct ? db_out : part_begin + w.rows * d * acc) + k0 * acc;
+      for (int64_t i = k0; i < k1 && d1 > d0; ++i) std::fill_n(sum + (i - k0) * d * acc, (d1 - d0) * acc, char(0));
+      if (column_sum) std::fill_n(column_sum, (k1 - k0) * acc, char(0));
+      constexpr int64_t kTogether = 192;
+      for (int64_t r = shares.row(slice), stop = shares.row(slice + 1); r < stop; r += kTogether) {
+        const int64_t r1 = std::min(r + kTogether, stop);
+        k.outer(type, g, xm, r, r1, k0, k1, d0, d1, sum, d, column_sum, scratch.get());
+        if (with_dx) k.rows(type, g, r, r1, panels.get(), w.cols, nullptr, dx_out, w.cols, scratch.get());
+      }
+    }
+  });
+  if (!direct) {
+    const char* p = static_cast<const char*>(parts.get());
+    if (need_weight)
+      parallel_for(0, w.rows * d, grain(4 * shares.slices), [&](int64_t begin, int64_t end) {
+        k.sum_parts(type, p, shares.slices, part, begin, end, dw_out);
+      });
+    if (need_bias) k.sum_parts(type, p + w.rows * d * acc, shares.slices, part, 0, w.rows, db_out);
+  }
+  return {dx, dw, db};
+}
+
+}  // namespace
+}  // namespace mtl
+
+STABLE_TORCH_LIBRARY_IMPL(torch_mtl_pyg, CPU, m) {
+  m.impl("multi_head_linear", TORCH_BOX(&mtl::multi_head_linear));
+  m.impl("multi_head_linear_backward", TORCH_BOX(&mtl::multi_head_linear_backward));
+}

@@ -1,0 +1,23 @@
+// Every op of the library: schemas, and what is no computation. Implementations register themselves per device.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include "cpu/isa.h"
+
+STABLE_TORCH_LIBRARY(torch_mtl_pyg, m) {
+  m.def("multi_head_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
+  m.def(
+      "multi_head_linear_backward(Tensor grad, Tensor x, Tensor weight, bool need_x, bool need_weight, bool need_bias)"
+      " -> (Tensor, Tensor, Tensor)");
+
+  m.def("isa() -> str");
+  m.def("isas_available() -> str");
+  m.def("set_isa(str name) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(torch_mtl_pyg, CompositeExplicitAutograd, m) {
+  m.impl("isa", TORCH_BOX(&mtl::isa));
+  m.impl("isas_available", TORCH_BOX(&mtl::isas_available));
+  m.impl("set_isa", TORCH_BOX(&mtl::set_isa));
+}

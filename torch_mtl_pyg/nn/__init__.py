@@ -1,0 +1,5 @@
+"""The layers."""
+
+from .heads import MultiTaskHeads
+
+__all__ = ["MultiTaskHeads"]

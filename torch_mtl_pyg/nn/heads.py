@@ -1,0 +1,291 @@
+"""One head per task over a shared embedding."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import multi_head_linear
+from ..ops._checks import check_floating
+from ..task import Task, TaskLayout, as_task
+from . import freezing, repacking
+from .routing import check_routes, route
+
+
+class MultiTaskHeads(nn.Module):
+    r"""One linear head per task, all computed from the shared embedding in one launch.
+
+    With ``T`` tasks of widths :math:`C_t`, the heads lie packed below each other: ``weight`` is ``[K, D]`` and ``bias``
+    ``[K]`` with :math:`K = \sum_t C_t`, in the order of ``tasks``; ``slices`` maps a name to its rows. The output of
+    task :math:`t` is :math:`X W_t^\top + b_t`, as ``torch.nn.Linear(D, C_t)`` computes it.
+
+    Args:
+        in_channels: Size ``D`` of the shared embedding.
+        tasks: Name to :class:`~torch_mtl_pyg.Task` or to the width alone; the order is the packing order.
+        hidden_channels: None: linear heads, the only kind there is.
+        act: Activation of hidden layers; linear heads have none.
+        dropout: Dropout of hidden layers, in ``[0, 1]``; linear heads have none.
+        bias: Whether the heads add a bias.
+
+    Shapes:
+        - input: ``x [N, D]``
+        - output: ``dict`` of ``[N, C_t]``, views of one packed ``[N, K]``
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: ``tasks`` is empty, a width or ``in_channels`` is below 1, or ``hidden_channels`` is given.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    _offsets: Tensor
+    _widths: Tensor
+
+    def __init__(
+        self,
+        in_channels: int,
+        tasks: Mapping[str, Task | int],
+        hidden_channels: int | list[int] | None = None,
+        act: str = "relu",
+        dropout: float = 0.0,
+        bias: bool = True,
+    ) -> None:
+        super().__init__()
+        if isinstance(in_channels, bool) or not isinstance(in_channels, int):
+            raise TypeError(f"in_channels: expected an int, got {type(in_channels).__name__}.")
+        if in_channels < 1:
+            raise ValueError(f"in_channels: expected at least 1, got {in_channels}.")
+        if hidden_channels is not None:
+            raise ValueError(f"hidden_channels: expected None, since heads are linear, got {hidden_channels!r}.")
+        if not isinstance(act, str):
+            raise TypeError(f"act: expected the name of an activation, got {type(act).__name__}.")
+        if not 0.0 <= dropout <= 1.0:
+            raise ValueError(f"dropout: expected a number in [0, 1], got {dropout}.")
+        self.in_channels = in_channels
+        self.hidden_channels = hidden_channels
+        self.act = act
+        self.dropout = dropout
+        self.layout = TaskLayout(tasks)
+        self.weight = nn.Parameter(torch.empty(self.layout.total, in_channels))
+        self.register_parameter("bias", nn.Parameter(torch.empty(self.layout.total)) if bias else None)
+        self._frozen: set[str] = set()
+        self._layout_changed()
+        self.reset_parameters()
+
+    # ---- What the heads are.
+
+    @property
+    def tasks(self) -> Mapping[str, Task]:
+        """Name to :class:`~torch_mtl_pyg.Task`, in packing order; read-only."""
+        return self.layout.tasks
+
+    @property
+    def slices(self) -> Mapping[str, slice]:
+        """Name to the task's columns of the packed output, which are its rows of ``weight``; read-only."""
+        return self.layout.slices
+
+    @property
+    def out_channels(self) -> int:
+        """Columns ``K`` of the packed output."""
+        return self.layout.total
+
+    @property
+    def frozen(self) -> frozenset[str]:
+        """The names of the frozen heads."""
+        return frozenset(self._frozen)
+
+    def reset_parameters(self) -> None:
+        r"""Draws all weights and biases anew as ``torch.nn.Linear`` does: uniform in :math:`\pm 1 / \sqrt{D}`."""
+        bound = 1.0 / math.sqrt(self.in_channels)
+        nn.init.uniform_(self.weight, -bound, bound)
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -bound, bound)
+        freezing.snapshot(self)
+
+    def extra_repr(self) -> str:
+        """The size of the embedding, the tasks and their widths."""
+        tasks = ", ".join(f"{name}: {width}" for name, width in self.layout.describe())
+        return f"{self.in_channels}, tasks={{{tasks}}}, bias={self.bias is not None}"
+
+    # ---- Computing them.
+
+    def forward(self, x: Tensor, task: str | int | Tensor | None = None) -> dict[str, Tensor] | Tensor:
+        """Computes all heads, one head, or each row's own head.
+
+        Args:
+            x: Shared embedding ``[N, D]``.
+            task: None: all heads. A name or an index: this head alone. An int64 tensor ``[N]``: row ``i`` through the
+                head ``task[i]`` only.
+
+        Returns:
+            All heads: ``dict`` of name to ``[N, C_t]``, views of one packed buffer. One head: ``[N, C_t]``. Rows routed:
+            ``[N, max C_t]``; the columns that a row's head does not have are zero.
+
+        Raises:
+            TypeError: ``x`` is no floating-point tensor of the dtype of ``weight``, or ``task`` has the wrong type.
+            ValueError: ``x`` is not ``[N, D]`` or on another device, there is no such task, or ``task`` is not ``[N]``.
+            IndexError: A task index is not in ``[0, T)``.
+        """
+        if task is None:
+            return dict(zip(self.layout.names, self.packed(x).split(self.layout.widths, dim=1), strict=True))
+        if isinstance(task, Tensor):
+            self._check_input(x)
+            check_routes(task, x, self.layout)
+            return route(self.packed(x), task, self._offsets, self._widths, max(self.layout.widths))
+        self._check_input(x)
+        rows = self.slices[self.layout.name(task)]
+        weight, bias = freezing.effective(self)
+        return multi_head_linear(x, weight[rows], None if bias is None else bias[rows])
+
+    def packed(self, x: Tensor) -> Tensor:
+        """Computes all heads side by side.
+
+        Args:
+            x: Shared embedding ``[N, D]``.
+
+        Returns:
+            ``[N, K]``; ``slices`` maps a name to its columns.
+
+        Raises:
+            TypeError, ValueError: As in :meth:`forward`.
+        """
+        self._check_input(x)
+        return multi_head_linear(x, *freezing.effective(self))
+
+    def _check_input(self, x: Tensor) -> None:
+        check_floating("x", x, 2, f"[N, {self.in_channels}]")
+        if x.shape[1] != self.in_channels:
+            raise ValueError(f"x: expected shape [N, {self.in_channels}], got {list(x.shape)}.")
+
+    # ---- Exchanging heads with single modules.
+
+    @classmethod
+    def from_modules(cls, modules: Mapping[str, nn.Module] | nn.ModuleList) -> MultiTaskHeads:
+        """Packs linear layers; weights are copied, bit for bit.
+
+        Args:
+            modules: ``dict``, ``ModuleDict`` or ``ModuleList`` of ``torch.nn.Linear`` or PyG ``Linear``. A list's heads
+                are named ``"0"``, ``"1"``, ...
+
+        Raises:
+            TypeError: A module is no linear layer, or their dtypes differ.
+            ValueError: There is none; the input sizes or devices differ; or some have a bias and some have none.
+        """
+        linears = repacking.linear_modules(modules)
+        first = next(iter(linears.values()))
+        heads = cls(
+            first.weight.shape[1],
+            {name: linear.weight.shape[0] for name, linear in linears.items()},
+            bias=first.bias is not None,
+        ).to(first.weight)
+        with torch.no_grad():
+            for name, linear in linears.items():
+                heads.weight[heads.slices[name]] = linear.weight
+                if heads.bias is not None:
+                    heads.bias[heads.slices[name]] = linear.bias
+        heads.train(first.training)
+        still = [name for name, linear in linears.items() if not linear.weight.requires_grad]
+        if still:
+            heads.freeze(*still)
+        return heads
+
+    def to_modules(self) -> dict[str, nn.Linear]:
+        """The heads as one ``torch.nn.Linear`` each, by name; weights are copied, bit for bit."""
+        return {name: repacking.linear_of(self, name) for name in self.layout.names}
+
+    # ---- Editing heads.
+
+    def add_task(self, name: str, task: Task | int, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Adds a freshly drawn head behind the others, whose values stay bit for bit.
+
+        ``weight`` and ``bias`` become new parameters, as their shapes change. An optimizer that holds the old ones must be
+        told: give it here, and it goes on with the new ones, its state (momenta, ...) kept for the heads that stay.
+
+        Args:
+            name: A name not in use.
+            task: A :class:`~torch_mtl_pyg.Task` or a width.
+            optimizer: The optimizer that trains these heads, or None.
+
+        Raises:
+            TypeError: ``name`` is no string, or ``task`` is neither Task nor int.
+            ValueError: The name is in use or empty, or the width is below 1.
+        """
+        task = as_task(name, task)
+        if name in self.tasks:
+            raise ValueError(f"name: expected one not in use, got {name!r}, which is a task already.")
+        repacking.repack(self, TaskLayout({**self.tasks, name: task}), optimizer)
+
+    def remove_task(self, name: str, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Removes a head; the others' values stay bit for bit. For ``optimizer`` see :meth:`add_task`.
+
+        Raises:
+            ValueError: There is no such task, or it is the last one.
+        """
+        name = self.layout.name(name)
+        if len(self.tasks) == 1:
+            raise ValueError(f"name: expected a task that is not the last one, got {name!r}.")
+        self._frozen.discard(name)
+        kept = {other: task for other, task in self.tasks.items() if other != name}
+        repacking.repack(self, TaskLayout(kept), optimizer)
+
+    def freeze(self, *names: str) -> None:
+        """Keeps heads as they are: their gradients are zero, and no ``torch.optim`` step changes them.
+
+        Weight decay and momentum would move a parameter without a gradient; the frozen rows are set back after each
+        step. The shared embedding still gets their gradients.
+
+        Raises:
+            ValueError: No name was given, or there is no such task.
+        """
+        freezing.change(self, names, frozen=True)
+
+    def unfreeze(self, *names: str) -> None:
+        """Trains heads again. The heads that were not frozen may be named too.
+
+        Raises:
+            ValueError: No name was given, or there is no such task.
+        """
+        freezing.change(self, names, frozen=False)
+
+    def _layout_changed(self) -> None:
+        """Lays the layout on the device of the weights, for routing, and marks the frozen rows."""
+        device = self.weight.device
+        self.register_buffer("_offsets", torch.tensor(self.layout.offsets, device=device), persistent=False)
+        self.register_buffer("_widths", torch.tensor(self.layout.widths, device=device), persistent=False)
+        freezing.snapshot(self)
+
+    # ---- Saving and loading: the names travel with the weights, so that heads cannot be taken for each other.
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
+        metadata = getattr(destination, "_metadata", None)
+        if metadata is not None and prefix[:-1] in metadata:
+            metadata[prefix[:-1]]["tasks"] = self.layout.describe()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        saved = local_metadata.get("tasks")
+        mine = self.layout.describe()
+        if saved is not None and [tuple(entry) for entry in saved] != mine:
+            error_msgs.append(f"{prefix}tasks: expected {mine} (name, width), got {saved}.")
+            return
+        super()._load_from_state_dict(  # type: ignore[no-untyped-call]
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        freezing.snapshot(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        freezing.watch(self)

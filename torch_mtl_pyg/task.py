@@ -1,0 +1,181 @@
+"""Tasks, and how the heads of several tasks lie side by side in packed tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LOSSES = ("cross_entropy", "bce", "mse", "l1", "huber", "poisson_nll", "gaussian_nll")
+
+# Which loss an option belongs to, and its default.
+_OPTIONS: dict[str, tuple[str, Any]] = {
+    "class_weight": ("cross_entropy", None),
+    "label_smoothing": ("cross_entropy", 0.0),
+    "ignore_index": ("cross_entropy", -100),
+    "pos_weight": ("bce", None),
+    "delta": ("huber", 1.0),
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    r"""One task: the width of its head, and how its predictions are scored.
+
+    Args:
+        out_channels: Columns of the task's output, at least 1. ``"gaussian_nll"`` takes two per target, mean and variance.
+        loss: ``"cross_entropy"``, ``"bce"`` (with logits), ``"mse"``, ``"l1"``, ``"huber"``, ``"poisson_nll"``,
+            ``"gaussian_nll"``, a callable ``loss(output, target) -> Tensor``, or None: outputs only.
+        weight: Factor of this task's loss in a total, finite and not negative.
+        class_weight: (cross_entropy) one weight per class.
+        label_smoothing: (cross_entropy) in :math:`[0, 1]`.
+        ignore_index: (cross_entropy) the label that stands for "missing".
+        pos_weight: (bce) factor of the positive labels: one number, or one per column.
+        delta: (huber) where the square turns into a line, greater than 0.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: A value is out of range, the loss is unknown, or an option belongs to another loss.
+    """
+
+    out_channels: int
+    loss: str | Callable[[Tensor, Tensor], Tensor] | None = None
+    weight: float = 1.0
+    class_weight: Sequence[float] | Tensor | None = field(default=None, kw_only=True)
+    label_smoothing: float = field(default=0.0, kw_only=True)
+    ignore_index: int = field(default=-100, kw_only=True)
+    pos_weight: float | Sequence[float] | Tensor | None = field(default=None, kw_only=True)
+    delta: float = field(default=1.0, kw_only=True)
+
+    def __post_init__(self) -> None:
+        width = _integer("out_channels", self.out_channels)
+        if width < 1:
+            raise ValueError(f"out_channels: expected at least 1, got {width}.")
+        object.__setattr__(self, "out_channels", width)
+        if isinstance(self.loss, str):
+            if self.loss not in LOSSES:
+                raise ValueError(f"loss: expected one of {', '.join(LOSSES)}, a callable or None, got {self.loss!r}.")
+        elif self.loss is not None and not callable(self.loss):
+            raise TypeError(f"loss: expected a string, a callable or None, got {type(self.loss).__name__}.")
+        if self.loss == "gaussian_nll" and width % 2:
+            raise ValueError(f"out_channels: gaussian_nll expects two per target, an even number, got {width}.")
+        object.__setattr__(self, "weight", _number("weight", self.weight, low=0.0))
+        for name, (loss, default) in _OPTIONS.items():
+            value = getattr(self, name)
+            if self.loss != loss and not (value is default or (not isinstance(value, Tensor) and value == default)):
+                raise ValueError(f"{name}: is an option of the loss {loss!r}, got it for {self.loss!r}.")
+        object.__setattr__(self, "label_smoothing", _number("label_smoothing", self.label_smoothing, 0.0, 1.0))
+        object.__setattr__(self, "ignore_index", _integer("ignore_index", self.ignore_index))
+        delta = _number("delta", self.delta, low=0.0)
+        if delta == 0.0:
+            raise ValueError("delta: expected more than 0, got 0.")
+        object.__setattr__(self, "delta", delta)
+        if self.class_weight is not None:
+            object.__setattr__(self, "class_weight", _numbers("class_weight", self.class_weight, width))
+        if self.pos_weight is not None and not isinstance(self.pos_weight, (int, float)):
+            object.__setattr__(self, "pos_weight", _numbers("pos_weight", self.pos_weight, width))
+        elif self.pos_weight is not None:
+            object.__setattr__(self, "pos_weight", _number("pos_weight", self.pos_weight, low=0.0))
+
+
+class TaskLayout:
+    """Names, tasks and column ranges of heads packed side by side.
+
+    Attributes:
+        tasks: Name to :class:`Task`, in packing order, read-only.
+        names: The names, in packing order.
+        widths: Columns per task, ``C_t``.
+        slices: Name to its column slice, read-only.
+        total: Sum of the widths, ``K``.
+
+    Args:
+        tasks: Name to :class:`Task`, or to the width alone.
+
+    Raises:
+        TypeError: ``tasks`` is no mapping, or holds a name that is no string or a value that is neither Task nor int.
+        ValueError: ``tasks`` is empty, or holds an empty name or a width below 1.
+    """
+
+    def __init__(self, tasks: Mapping[str, Task | int]) -> None:
+        if not isinstance(tasks, Mapping):
+            raise TypeError(f"tasks: expected a dict from name to Task or int, got {type(tasks).__name__}.")
+        if not tasks:
+            raise ValueError("tasks: expected at least one task, got an empty dict.")
+        self.tasks: Mapping[str, Task] = MappingProxyType({name: as_task(name, task) for name, task in tasks.items()})
+        self.names = tuple(self.tasks)
+        self.widths = tuple(task.out_channels for task in self.tasks.values())
+        self.total = sum(self.widths)
+        ends = [0]
+        for width in self.widths:
+            ends.append(ends[-1] + width)
+        self.offsets = tuple(ends[:-1])
+        self.slices: Mapping[str, slice] = MappingProxyType(
+            {name: slice(ends[i], ends[i + 1]) for i, name in enumerate(self.names)}
+        )
+
+    def name(self, task: str | int) -> str:
+        """The name of a task given by name or by index.
+
+        Raises:
+            TypeError: ``task`` is neither a string nor an integer.
+            ValueError: There is no task of this name.
+            IndexError: The index is not in ``[0, T)``.
+        """
+        if isinstance(task, str):
+            if task not in self.tasks:
+                raise ValueError(f"task: expected one of {', '.join(map(repr, self.names))}, got {task!r}.")
+            return task
+        index = _integer("task", task)
+        if not 0 <= index < len(self.names):
+            raise IndexError(f"task: expected an index in [0, {len(self.names)}), got {index}.")
+        return self.names[index]
+
+    def describe(self) -> list[tuple[str, int]]:
+        """Names and widths in packing order, as plain data."""
+        return list(zip(self.names, self.widths, strict=True))
+
+
+def as_task(name: object, task: Task | int) -> Task:
+    """Checks a task's name, and turns a bare width into a :class:`Task`."""
+    if not isinstance(name, str):
+        raise TypeError(f"tasks: expected names that are strings, got {name!r}.")
+    if not name:
+        raise ValueError("tasks: expected names that are not empty, got ''.")
+    if isinstance(task, Task):
+        return task
+    try:
+        return Task(task)
+    except TypeError as error:
+        raise TypeError(f"tasks[{name!r}]: expected a Task or an int, got {type(task).__name__}.") from error
+    except ValueError as error:
+        raise ValueError(f"tasks[{name!r}]: {error}") from error
+
+
+def _integer(name: str, value: object) -> int:
+    if isinstance(value, (bool, Tensor)) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}.")
+    return int(value.__index__())
+
+
+def _number(name: str, value: object, low: float, high: float = math.inf) -> float:
+    if isinstance(value, (bool, str)) or not hasattr(value, "__float__"):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}.")
+    number = float(value)
+    if not (math.isfinite(number) and low <= number <= high):
+        wanted = f"in [{low:g}, {high:g}]" if math.isfinite(high) else f"of at least {low:g}"
+        raise ValueError(f"{name}: expected a finite number {wanted}, got {number}.")
+    return number
+
+
+def _numbers(name: str, values: Any, count: int) -> tuple[float, ...]:
+    if isinstance(values, Tensor):
+        values = values.detach().to(torch.float64).flatten().tolist()
+    numbers = tuple(_number(name, value, low=0.0) for value in values)
+    if len(numbers) != count:
+        raise ValueError(f"{name}: expected {count} numbers, one per column, got {len(numbers)}.")
+    return numbers
