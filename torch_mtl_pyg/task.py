@@ -118,6 +118,10 @@ class TaskLayout:
             {name: slice(ends[i], ends[i + 1]) for i, name in enumerate(self.names)}
         )
 
+    def __reduce__(self) -> tuple[type[TaskLayout], tuple[dict[str, Task]]]:
+        """Pickled and copied by its tasks: read-only mappings cannot be."""
+        return TaskLayout, (dict(self.tasks),)
+
     def name(self, task: str | int) -> str:
         """The name of a task given by name or by index.
 
