@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import multi_head_linear
-from ..ops._checks import check_floating
+from ..ops._checks import check_floating, check_same
 from ..task import Task, TaskLayout, as_task
 from . import freezing, repacking
 from .routing import check_routes, route
@@ -65,6 +65,8 @@ class MultiTaskHeads(nn.Module):
             raise TypeError(f"act: expected the name of an activation, got {type(act).__name__}.")
         if not 0.0 <= dropout <= 1.0:
             raise ValueError(f"dropout: expected a number in [0, 1], got {dropout}.")
+        if not isinstance(bias, bool):
+            raise TypeError(f"bias: expected a bool, got {type(bias).__name__}.")
         self.in_channels = in_channels
         self.hidden_channels = hidden_channels
         self.act = act
@@ -133,10 +135,10 @@ class MultiTaskHeads(nn.Module):
         if task is None:
             return dict(zip(self.layout.names, self.packed(x).split(self.layout.widths, dim=1), strict=True))
         if isinstance(task, Tensor):
-            self._check_input(x)
+            check_floating("x", x, 2, "[N, {}]", self.weight, 1)
+            check_same("x", x, "weight", self.weight, dtype=False)
             check_routes(task, x, self.layout)
             return route(self.packed(x), task, self._offsets, self._widths, max(self.layout.widths))
-        self._check_input(x)
         rows = self.slices[self.layout.name(task)]
         weight, bias = freezing.effective(self)
         return multi_head_linear(x, weight[rows], None if bias is None else bias[rows])
@@ -153,13 +155,7 @@ class MultiTaskHeads(nn.Module):
         Raises:
             TypeError, ValueError: As in :meth:`forward`.
         """
-        self._check_input(x)
         return multi_head_linear(x, *freezing.effective(self))
-
-    def _check_input(self, x: Tensor) -> None:
-        check_floating("x", x, 2, f"[N, {self.in_channels}]")
-        if x.shape[1] != self.in_channels:
-            raise ValueError(f"x: expected shape [N, {self.in_channels}], got {list(x.shape)}.")
 
     # ---- Exchanging heads with single modules.
 

@@ -15,15 +15,14 @@ FUSED_DEVICES = ("cpu", "meta")
 _warned: set[str] = set()
 
 
-def runs_fused(x: Tensor) -> bool:
-    """Whether an op on ``x`` runs on the compiled library.
+def runs_fused(device: str) -> bool:
+    """Whether an op on tensors of this type of device runs on the compiled library.
 
     Raises:
         RuntimeError: The backend is ``"fused"``, and the library cannot be loaded or has no kernels for this device.
     """
     if not backend.resolve():
         return False
-    device = x.device.type
     if device in FUSED_DEVICES:
         return True
     message = f"torch_mtl_pyg has no compiled kernels for the device {device!r} (only for {', '.join(FUSED_DEVICES)})"

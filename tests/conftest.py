@@ -1,0 +1,60 @@
+"""Fixtures: every backend and every instruction set a test can run on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from torch_mtl_pyg import backend
+
+ISAS = ("baseline", "avx2", "avx512", "avx512_bf16")
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=["reference", "fused"])
+def any_backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test on plain PyTorch and on the compiled library."""
+    if request.param == "fused":
+        require_fused()
+    with backend.use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def fused() -> Iterator[None]:
+    """Runs the test on the compiled library."""
+    require_fused()
+    with backend.use_backend("fused"):
+        yield
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test on the compiled library, with each instruction set."""
+    require_fused()
+    available = torch.ops.torch_mtl_pyg.isas_available().split(",")
+    if request.param not in available:
+        pytest.skip(f"this CPU has no {request.param}; test_emulation.py runs its kernels on AVX2")
+    with backend.use_backend("fused"), backend.use_isa(request.param):
+        yield request.param
+
+
+def require_fused() -> None:
+    """Skips where there is no compiler: the compiled library is optional, and the reference is tested all the same."""
+    from torch_mtl_pyg import _build, _extension
+
+    extension = _extension.load()
+    if extension.loaded:
+        backend.backend_info()  # registers the ops
+        return
+    try:
+        _build.find_compiler()
+    except _build.BuildError as error:
+        pytest.skip(f"no compiled library: {error}")
+    pytest.fail(f"there is a compiler, and yet no library: {extension.reason}")
