@@ -1,7 +1,7 @@
 """The error model: how far a result may be from the exact one, computed in float64.
 
-The error, relative to the sum of the magnitudes of the terms, must not exceed the error of PyTorch in the same dtype by more
-than a few roundings of the accumulator. What a result is rounded to when it is stored is in both.
+The error, relative to the sum of the magnitudes of the terms, must not exceed the error of PyTorch in the same dtype
+by more than a few roundings of the accumulator. What a result is rounded to when it is stored is in both.
 """
 
 from __future__ import annotations

@@ -300,7 +300,7 @@ def _check_owner(folder: Path) -> None:
 def _load_library(path: Path) -> None:
     """Loads a library; raises `_CannotLoad` if that fails or if it lacks the ops."""
     try:
-        torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
+        torch.ops.load_library(str(path))
     except (OSError, RuntimeError) as error:
         raise _CannotLoad(f"it does not load ({error})") from error
     if not hasattr(torch.ops.torch_mtl_pyg, "isa"):

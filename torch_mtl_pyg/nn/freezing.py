@@ -1,7 +1,7 @@
 """Frozen heads: rows of the packed parameters that training leaves alone.
 
-A parameter has one `requires_grad`, and the heads share a parameter. The frozen rows are therefore detached in the forward
-pass, and set back after every optimizer step, since weight decay and momentum move rows whose gradient is zero.
+A parameter has one `requires_grad`, and the heads share a parameter. The frozen rows are therefore detached in the
+forward pass, and set back after every optimizer step, since weight decay and momentum move rows whose gradient is zero.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def change(heads: MultiTaskHeads, names: tuple[str, ...], frozen: bool) -> None:
 
 
 def snapshot(heads: MultiTaskHeads) -> None:
-    """Remembers the frozen rows as they are now. They are buffers, so that they follow the module's device and dtype."""
+    """Remembers the frozen rows as they are now, in buffers, which follow the module's device and dtype."""
     mask = None
     if heads._frozen:
         mask = torch.zeros(heads.layout.total, dtype=torch.bool, device=heads.weight.device)

@@ -124,8 +124,8 @@ class MultiTaskHeads(nn.Module):
                 head ``task[i]`` only.
 
         Returns:
-            All heads: ``dict`` of name to ``[N, C_t]``, views of one packed buffer. One head: ``[N, C_t]``. Rows routed:
-            ``[N, max C_t]``; the columns that a row's head does not have are zero.
+            All heads: ``dict`` of name to ``[N, C_t]``, views of one packed buffer. One head: ``[N, C_t]``. Rows
+            routed: ``[N, max C_t]``; the columns that a row's head does not have are zero.
 
         Raises:
             TypeError: ``x`` is no floating-point tensor of the dtype of ``weight``, or ``task`` has the wrong type.
@@ -198,8 +198,8 @@ class MultiTaskHeads(nn.Module):
     def add_task(self, name: str, task: Task | int, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Adds a freshly drawn head behind the others, whose values stay bit for bit.
 
-        ``weight`` and ``bias`` become new parameters, as their shapes change. An optimizer that holds the old ones must be
-        told: give it here, and it goes on with the new ones, its state (momenta, ...) kept for the heads that stay.
+        ``weight`` and ``bias`` become new parameters, as their shapes change. An optimizer that holds the old ones must
+        be told: give it here, and it goes on with the new ones, its state (momenta, ...) kept for the heads that stay.
 
         Args:
             name: A name not in use.
@@ -257,7 +257,7 @@ class MultiTaskHeads(nn.Module):
     # ---- Saving and loading: the names travel with the weights, so that heads cannot be taken for each other.
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
+        super()._save_to_state_dict(destination, prefix, keep_vars)
         metadata = getattr(destination, "_metadata", None)
         if metadata is not None and prefix[:-1] in metadata:
             metadata[prefix[:-1]]["tasks"] = self.layout.describe()
@@ -277,11 +277,11 @@ class MultiTaskHeads(nn.Module):
         if saved is not None and [tuple(entry) for entry in saved] != mine:
             error_msgs.append(f"{prefix}tasks: expected {mine} (name, width), got {saved}.")
             return
-        super()._load_from_state_dict(  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         freezing.snapshot(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         freezing.watch(self)

@@ -51,8 +51,8 @@ def linear_modules(modules: Mapping[str, nn.Module] | nn.ModuleList) -> dict[str
             raise ValueError(f"modules[{name!r}]: expected device {first.weight.device}, got {weight.device}.")
         if (module.bias is None) != (first.bias is None):
             raise ValueError(
-                f"modules[{name!r}]: expected {'no' if first.bias is None else 'a'} bias, as modules[{first_name!r}] has "
-                f"{'none' if first.bias is None else 'one'}."
+                f"modules[{name!r}]: expected {'no' if first.bias is None else 'a'} bias, as modules[{first_name!r}] "
+                f"has {'none' if first.bias is None else 'one'}."
             )
     return named
 

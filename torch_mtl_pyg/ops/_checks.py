@@ -18,7 +18,7 @@ def check_floating(
         value: What came.
         dim: Its number of dimensions.
         shape: The shape in words; ``{}`` stands for the size that ``like`` gives.
-        like: A tensor whose dimension ``like_dim`` has the size that the last dimension of ``value`` must have, or None.
+        like: A tensor; the last dimension of ``value`` must have the size of its dimension ``like_dim``. Or None.
         like_dim: See ``like``.
 
     Raises:

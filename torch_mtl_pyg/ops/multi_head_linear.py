@@ -71,7 +71,8 @@ def multi_head_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     ):
         # The same derivatives as those registered below, without the dispatcher's detour through Python.
-        return _MultiHeadLinear.apply(x, weight, bias)
+        result = _MultiHeadLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+        return result
     return _forward(x, weight, bias)
 
 
@@ -104,7 +105,8 @@ def _backward(
                 grad, x, weight, need_x, need_weight, need_bias
             )
             return result
-        return _MultiHeadLinearBackward.apply(grad, x, weight, need_x, need_weight, need_bias)
+        result = _MultiHeadLinearBackward.apply(grad, x, weight, need_x, need_weight, need_bias)  # type: ignore[no-untyped-call]
+        return result
     with torch._C._AutoDispatchBelowAutograd():
         result = torch.ops.torch_mtl_pyg.multi_head_linear_backward.default(
             grad, x, weight, need_x, need_weight, need_bias
