@@ -10,7 +10,7 @@ lies on a triangle of citations, and its log-degree; the last two are properties
 
 How far a node's own features go is shown, not claimed: the column "own features" is the best of five regularised linear
 models on them. All models train for the same number of epochs, and every test metric is taken at the epoch with that
-task's best validation metric, for the multi-task model as for the single-task ones. So the multi-task numbers of
+task's lowest validation loss, for the multi-task model as for the single-task ones. So the multi-task numbers of
 different tasks may stem from different epochs of the one run. All models share learning rate, weight decay and epochs;
 examples/README.md says how they were chosen.
 """

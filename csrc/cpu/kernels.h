@@ -37,8 +37,9 @@ struct Kernels {
 
   // ---- outer: sum[k, d] += sum over the rows r in [begin, end) of G[r, k] * X[r, d], for the columns [k0, k1) of G and
   // [d0, d1) of X. sum: accumulators, row-major with sum_row_stride; (k0, d0) is its first element.
-  // column_sum[k] += sum over r of G[r, k] when it is not null.
-  int64_t (*outer_scratch_bytes)(DType type, int64_t k);
+  // column_sum[k] += sum over r of G[r, k] when it is not null. At most outer_rows rows a call.
+  int64_t outer_rows;
+  int64_t (*outer_scratch_bytes)(DType type, int64_t k, int64_t d);
   void (*outer)(DType type, const Matrix& g, const Matrix& x, int64_t begin, int64_t end, int64_t k0, int64_t k1, int64_t d0,
                 int64_t d1, void* sum, int64_t sum_row_stride, void* column_sum, void* scratch);
 

@@ -66,10 +66,10 @@ static void rows(DType type, const Matrix& a, int64_t begin, int64_t end, const 
     rows_as<typename ArithmeticOf<In>::type, In>(a, begin, end, panels, n, bias, out, out_row_stride, scratch);
   });
 }
-static int64_t outer_scratch_bytes(DType type, int64_t k) {
+static int64_t outer_scratch_bytes(DType type, int64_t k, int64_t d) {
   return with_type(type, [&](auto in) {
     using In = decltype(in);
-    return outer_scratch_bytes_as<typename ArithmeticOf<In>::type, In>(k);
+    return outer_scratch_bytes_as<typename ArithmeticOf<In>::type, In>(k, d);
   });
 }
 static void outer(DType type, const Matrix& g, const Matrix& x, int64_t begin, int64_t end, int64_t k0, int64_t k1, int64_t d0,
@@ -93,8 +93,9 @@ static void widen_all(DType type, const void* in, int64_t n, int64_t stride, voi
   });
 }
 
-constexpr Kernels kTable{MTL_ISA_NAME,        panels_bytes, panel_count, pack_panels, rows_scratch_bytes, rows,
-                         outer_scratch_bytes, outer,        sum_parts,   widen_all};
+constexpr Kernels kTable{MTL_ISA_NAME, panels_bytes, panel_count,         pack_panels, rows_scratch_bytes,
+                         rows,         kOuterRows,   outer_scratch_bytes, outer,       sum_parts,
+                         widen_all};
 
 }  // namespace
 }  // namespace mtl

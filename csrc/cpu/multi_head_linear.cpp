@@ -72,17 +72,21 @@ Tensor multi_head_linear(const Tensor& x, const Tensor& weight, const std::optio
 }
 
 // How dW is shared out: blocks of K x D that stay in the second-level cache, times slices of the rows where the blocks
-// alone are too few for many cores. The partial sums of all slices hold at most kParts blocks.
+// alone are too few for many cores. A slice costs a partial sum, written and read once: it must hold enough rows to pay
+// for it. All partial sums together hold at most kParts blocks.
 struct Shares {
-  static constexpr int64_t kBlockK = 192, kBlockD = 256, kParts = 32, kSliceRows = 256;
+  static constexpr int64_t kBlockK = 192, kBlockD = 256, kParts = 32;
   int64_t n, k, d, blocks_k, blocks_d, slices;
 
   Shares(int64_t n, int64_t k, int64_t d)
-      : n(n), k(k), d(d), blocks_k((k + kBlockK - 1) / kBlockK), blocks_d((d + kBlockD - 1) / kBlockD) {
-    const int64_t blocks = std::max<int64_t>(1, blocks_k * blocks_d);
-    slices = std::clamp<int64_t>(n / kSliceRows, 1, (kParts + blocks - 1) / blocks);
+      : n(n), k(k), d(d), blocks_k((k + kBlockK - 1) / kBlockK), blocks_d(std::max<int64_t>(1, (d + kBlockD - 1) / kBlockD)) {
+    const int64_t blocks = blocks_k * blocks_d;
+    slices = std::clamp<int64_t>(n / (blocks == 1 ? 256 : 1024), 1, (kParts + blocks - 1) / blocks);
+    // An even number of units: few threads get equal shares.
+    if (slices > 1 && slices % 2) --slices;
+    if (slices * blocks > 1 && slices * blocks % 2) ++blocks_k;
   }
-  int64_t count() const { return slices * blocks_k * blocks_d; }
+  int64_t units() const { return slices * blocks_k * blocks_d; }
   int64_t row(int64_t slice) const { return slice * (n / slices) + std::min(slice, n % slices); }
   // Equal blocks, their edges at multiples of the tiles' heights and widths.
   static int64_t edge(int64_t index, int64_t blocks, int64_t size, int64_t multiple) {
@@ -123,12 +127,12 @@ std::tuple<Tensor, Tensor, Tensor> multi_head_linear_backward(const Tensor& grad
   char* const dw_out = need_weight ? static_cast<char*>(dw.mutable_data_ptr()) : nullptr;
   char* const db_out = need_bias ? static_cast<char*>(db.mutable_data_ptr()) : nullptr;
   char* const dx_out = with_dx ? static_cast<char*>(dx.mutable_data_ptr()) : nullptr;
-  const int64_t blocks_d = std::max<int64_t>(1, shares.blocks_d), units = shares.slices * shares.blocks_k * blocks_d;
+  const int64_t blocks_d = shares.blocks_d, blocks = shares.blocks_k * blocks_d;
 
-  parallel_for(0, units, grain(xm.rows * w.rows * std::max<int64_t>(1, d) / units), [&](int64_t begin, int64_t end) {
-    const Buffer scratch = make_buffer(std::max(k.outer_scratch_bytes(type, Shares::kBlockK), k.rows_scratch_bytes(type)));
+  parallel_for(0, shares.units(), grain(xm.rows * w.rows * std::max<int64_t>(1, d) / shares.units()), [&](int64_t begin, int64_t end) {
+    const Buffer scratch = make_buffer(std::max(k.outer_scratch_bytes(type, Shares::kBlockK, Shares::kBlockD), k.rows_scratch_bytes(type)));
     for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t slice = unit / (shares.blocks_k * blocks_d), block = unit % (shares.blocks_k * blocks_d);
+      const int64_t slice = unit / blocks, block = unit % blocks;
       const int64_t k0 = shares.edge_k(block / blocks_d), k1 = shares.edge_k(block / blocks_d + 1);
       const int64_t d0 = d ? shares.edge_d(block % blocks_d) : 0, d1 = d ? shares.edge_d(block % blocks_d + 1) : 0;
       char* const part_begin = direct ? nullptr : static_cast<char*>(parts.get()) + slice * part * acc;
@@ -137,9 +141,10 @@ std::tuple<Tensor, Tensor, Tensor> multi_head_linear_backward(const Tensor& grad
       if (need_bias && block % blocks_d == 0) column_sum = (direct ? db_out : part_begin + w.rows * d * acc) + k0 * acc;
       for (int64_t i = k0; i < k1 && d1 > d0; ++i) std::fill_n(sum + (i - k0) * d * acc, (d1 - d0) * acc, char(0));
       if (column_sum) std::fill_n(column_sum, (k1 - k0) * acc, char(0));
-      constexpr int64_t kTogether = 192;
-      for (int64_t r = shares.row(slice), stop = shares.row(slice + 1); r < stop; r += kTogether) {
-        const int64_t r1 = std::min(r + kTogether, stop);
+      const int64_t first = shares.row(slice), rows = shares.row(slice + 1) - first;
+      const int64_t tiles = (rows + k.outer_rows - 1) / k.outer_rows;
+      for (int64_t tile = 0; tile < tiles; ++tile) {
+        const int64_t r = first + rows * tile / tiles, r1 = first + rows * (tile + 1) / tiles;
         k.outer(type, g, xm, r, r1, k0, k1, d0, d1, sum, d, column_sum, scratch.get());
         if (with_dx) k.rows(type, g, r, r1, panels.get(), w.cols, nullptr, dx_out, w.cols, scratch.get());
       }

@@ -4,7 +4,9 @@
 // Sizes of the blocks, in elements. A panel of kDepth x 16 float32 (24 KiB) stays in the first-level cache while a
 // tile of kTileRows rows, kept in the second level, passes by it.
 constexpr int64_t kDepth = 384;     // steps of p between two visits of C
-constexpr int64_t kTileRows = 192;  // rows of a tile; a multiple of every tile height but 14
+constexpr int64_t kTileRows = 192;  // rows of a tile; a multiple of the tile heights
+// Rows of a tile of `outer`: the tiles of G and X and the block of the sum share the second-level cache.
+constexpr int64_t kOuterRows = 192;
 
 // ---- Which arithmetic a stored type uses.
 template <class In>
@@ -62,15 +64,12 @@ MTL_INLINE void copy_vectors(const E* in, int64_t n, E* out) {
   for (int64_t i = 0; i < n; i += VectorOf<E>::lanes) store<E>(out + i, load<E>(in + i));
 }
 
-// Packs the columns [j, j + width) and steps [p0, p1) of B to out[element][NV * L], and asks the memory for what lies
-// `ahead` elements further: a panel is one cache line of each row, which no hardware prefetcher follows.
+// Packs the columns [j, j + width) and steps [p0, p1) of B to out[element][NV * L].
 template <class K, class In>
 static void pack_panel(const Matrix& b, int64_t p0, int64_t p1, int64_t j, int64_t width, int64_t padded,
-                       typename K::Element* out, int64_t ahead = 0) {
+                       typename K::Element* out) {
   using E = typename K::Element;
   const int64_t elements = ceil_div(p1 - p0, K::depth);
-  if (ahead)
-    for (int64_t p = p0; p < p1; ++p) __builtin_prefetch(at<In>(b, p, j) + ahead);
   if (width < padded)
     for (int64_t e = 0; e < elements; ++e)
       for (int64_t c = width; c < padded; ++c) out[e * padded + c] = E(0);
@@ -236,7 +235,7 @@ static int64_t rows_scratch_bytes_as() {
          kTileRows * (kDepth / K::depth) * static_cast<int64_t>(sizeof(typename K::Element));
 }
 
-// ---- Outer: sum[k, d] += sum over rows of G[row, k] * X[row, d], a tile of kTileRows rows at a time.
+// ---- Outer: sum[k, d] += sum over the rows of a tile of G[row, k] * X[row, d].
 // The tile of X is packed as panels (B of the product), the tile of G interleaved by tile heights (A).
 template <class K, class In, int MR>
 MTL_INLINE void interleave(const In* g, int64_t row_stride, int64_t col_stride, int64_t rows, typename K::Element* out) {
@@ -275,25 +274,56 @@ static void interleave_tile(const Matrix& g, int64_t r0, int64_t rows, int64_t k
   }
 }
 
+// The panels of a tile of X lie this many elements apart: one vector more than they need, so that the panels, written side
+// by side row after row, do not fall into the same set of the first-level cache.
+template <class K>
+constexpr int64_t kPanelPad = VectorOf<typename K::Acc>::lanes;
+template <class K>
+MTL_INLINE int64_t panel_at(int64_t elements, int64_t d) {
+  constexpr int64_t L = VectorOf<typename K::Acc>::lanes;
+  return elements * d + d / (2 * L) * kPanelPad<K>;
+}
+
+// Packs the columns [d0, d1) of a tile of X. Row by row where it can: a panel alone is one cache line of each row, which
+// no hardware prefetcher follows.
+template <class K, class In>
+static void pack_tile(const Matrix& x, int64_t r0, int64_t rows, int64_t d0, int64_t d1, typename K::Element* out) {
+  using E = typename K::Element;
+  using T = typename K::Acc;
+  constexpr int64_t L = VectorOf<T>::lanes;
+  const int64_t elements = ceil_div(rows, K::depth);
+  int64_t d = d0;
+  if constexpr (kSameElement<K, In>) {
+    if (x.col_stride == 1) {
+      while (d + 2 * L <= d1 && panel_vectors<T>(d1 - d) == 2) d += 2 * L;
+      for (int64_t r = 0; r < rows; ++r) {
+        const E* row = at<E>(x, r0 + r, d0);
+        E* to = out + r * 2 * L;
+        for (int64_t c = 0; c < d - d0; c += 2 * L, to += elements * 2 * L + kPanelPad<K>) copy_vectors(row + c, 2 * L, to);
+      }
+    }
+  }
+  for (int vectors; d < d1; d += vectors * L) {
+    vectors = panel_vectors<T>(d1 - d);
+    pack_panel<K, In>(x, r0, r0 + rows, d, min_of(vectors * L, d1 - d), vectors * L, out + panel_at<K>(elements, d - d0));
+  }
+}
+
 template <class K, class In, int NV>
-static void outer_panels(const Matrix& g, const Matrix& x, int64_t r0, int64_t rows, int64_t k0, int64_t k1, int64_t d0,
-                         int64_t d1, typename K::Acc* sum, int64_t sum_stride, typename K::Element* g_tile,
-                         typename K::Element* panel, bool more_rows) {
+static void outer_panels(const Matrix& g, int64_t r0, int64_t rows, int64_t k0, int64_t k1, int64_t columns,
+                         typename K::Acc* sum, int64_t sum_stride, const typename K::Element* x_tile,
+                         typename K::Element* g_tile) {
   using T = typename K::Acc;
   constexpr int64_t L = VectorOf<T>::lanes;
   const int64_t elements = ceil_div(rows, K::depth);
   bool interleaved = false;
-  for (int64_t d = d0; d < d1;) {
-    const int vectors = panel_vectors<T>(d1 - d);
+  for (int64_t d = 0; d < columns;) {
+    const int vectors = panel_vectors<T>(columns - d);
     if (vectors == NV) {
       if (!interleaved) interleave_tile<K, In, NV>(g, r0, rows, k0, k1, g_tile);
       interleaved = true;
-      const int64_t width = min_of(NV * L, d1 - d);
-      const bool last = d + vectors * L >= d1;
-      const int64_t ahead = !last ? vectors * L * x.col_stride : more_rows ? rows * x.row_stride - (d - d0) * x.col_stride : 0;
-      pack_panel<K, In>(x, r0, r0 + rows, d, width, NV * L, panel, ahead);
-      multiply_panel<K, NV>(k1 - k0, elements, g_tile, 0, true, panel, true, nullptr, sum + (d - d0), sum_stride,
-                            static_cast<int>(width), kNothingAhead);
+      multiply_panel<K, NV>(k1 - k0, elements, g_tile, 0, true, x_tile + panel_at<K>(elements, d), true, nullptr, sum + d,
+                            sum_stride, static_cast<int>(min_of(NV * L, columns - d)), kNothingAhead);
     }
     d += vectors * L;
   }
@@ -304,41 +334,40 @@ static void outer_as(const Matrix& g, const Matrix& x, int64_t begin, int64_t en
                      int64_t d1, void* sum_in, int64_t sum_stride, void* column_sum, void* scratch) {
   using E = typename K::Element;
   using T = typename K::Acc;
+  const int64_t rows = end - begin, k = k1 - k0;
   T* sum = static_cast<T*>(sum_in);
   T* tile_sum = static_cast<T*>(scratch);
-  T* row_wide = tile_sum + ceil_div(k1 - k0, 16) * 16;
-  E* panel = reinterpret_cast<E*>(row_wide + ceil_div(k1 - k0, 16) * 16);
-  E* g_tile = panel + (kTileRows / K::depth) * 3 * VectorOf<T>::lanes;
-  for (int64_t r0 = begin; r0 < end; r0 += kTileRows) {
-    const int64_t rows = min_of(kTileRows, end - r0);
-    const bool more_rows = r0 + 2 * rows <= g.rows;
-    outer_panels<K, In, 2>(g, x, r0, rows, k0, k1, d0, d1, sum, sum_stride, g_tile, panel, more_rows);
-    outer_panels<K, In, 1>(g, x, r0, rows, k0, k1, d0, d1, sum, sum_stride, g_tile, panel, more_rows);
-    outer_panels<K, In, 3>(g, x, r0, rows, k0, k1, d0, d1, sum, sum_stride, g_tile, panel, more_rows);
-    if (column_sum) {
-      // By tiles, so that the rounding error grows with kTileRows + rows / kTileRows, not with the rows.
-      T* total = static_cast<T*>(column_sum);
-      for (int64_t k = 0; k < k1 - k0; ++k) tile_sum[k] = T(0);
-      for (int64_t r = r0; r < r0 + rows; ++r) {
-        const In* row = at<In>(g, r, k0);
-        if (kSameAccumulator<K, In> && g.col_stride == 1) {
-          add_run(reinterpret_cast<const T*>(row), k1 - k0, tile_sum);
-        } else {
-          widen_run(row, k1 - k0, g.col_stride, row_wide);
-          add_run(row_wide, k1 - k0, tile_sum);
-        }
-      }
-      add_run(tile_sum, k1 - k0, total);
+  T* row_wide = tile_sum + ceil_div(k, 16) * 16;
+  E* g_tile = reinterpret_cast<E*>(row_wide + ceil_div(k, 16) * 16);
+  E* x_tile = g_tile + ceil_div(k * (kOuterRows / K::depth), 16) * 16;
+  pack_tile<K, In>(x, begin, rows, d0, d1, x_tile);
+  outer_panels<K, In, 2>(g, begin, rows, k0, k1, d1 - d0, sum, sum_stride, x_tile, g_tile);
+  outer_panels<K, In, 1>(g, begin, rows, k0, k1, d1 - d0, sum, sum_stride, x_tile, g_tile);
+  outer_panels<K, In, 3>(g, begin, rows, k0, k1, d1 - d0, sum, sum_stride, x_tile, g_tile);
+  if (!column_sum) return;
+  // First over the tile, so that the rounding error grows with kOuterRows + rows / kOuterRows, not with the rows.
+  for (int64_t i = 0; i < k; ++i) tile_sum[i] = T(0);
+  for (int64_t r = begin; r < end; ++r) {
+    const In* row = at<In>(g, r, k0);
+    if (kSameAccumulator<K, In> && g.col_stride == 1) {
+      add_run(reinterpret_cast<const T*>(row), k, tile_sum);
+    } else {
+      widen_run(row, k, g.col_stride, row_wide);
+      add_run(row_wide, k, tile_sum);
     }
   }
+  add_run(tile_sum, k, static_cast<T*>(column_sum));
 }
 
+// For k columns of G and d columns of X.
 template <class K, class In>
-static int64_t outer_scratch_bytes_as(int64_t k) {
+static int64_t outer_scratch_bytes_as(int64_t k, int64_t d) {
   using E = typename K::Element;
   using T = typename K::Acc;
+  constexpr int64_t L = VectorOf<T>::lanes;
+  constexpr int64_t kElements = kOuterRows / K::depth;
   return 2 * ceil_div(k, 16) * 16 * static_cast<int64_t>(sizeof(T)) +
-         (kTileRows / K::depth) * (3 * VectorOf<T>::lanes + k) * static_cast<int64_t>(sizeof(E));
+         (ceil_div(k * kElements, 16) * 16 + panel_at<K>(kElements, d) + kElements * 2 * L) * static_cast<int64_t>(sizeof(E));
 }
 
 template <class K, class In>

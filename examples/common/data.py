@@ -147,8 +147,8 @@ def cora(root: Path) -> MultiTaskGraph:
         data=data,
         tasks={
             "subject": NodeTask("multi-class", data.y, 1.0, "which of 7 research topics"),
-            "triangle": NodeTask("binary", in_triangle.float(), 0.01, "whether two papers linked to it are linked too"),
-            "degree": NodeTask("regression", degree, 0.01, "log(1 + number of linked papers)"),
+            "triangle": NodeTask("binary", in_triangle.float(), 0.1, "whether two papers linked to it are linked too"),
+            "degree": NodeTask("regression", degree, 0.1, "log(1 + number of linked papers)"),
         },
         trunk=lambda: SparseInputAPPNP(1433, hidden_channels=32, dropout=0.5),
         hidden=32,
