@@ -122,7 +122,7 @@ def test_bitwise_equal_at_any_number_of_threads(isa: str) -> None:
                     torch.set_num_threads(threads)
                     y = multi_head_linear(x, weight, bias)
                     results.append(
-                        (y, *torch.ops.torch_mtl_pyg.multi_head_linear_backward(grad, x, weight, True, True, True))
+                        (y, *torch.ops.torch_mtl_pyg.multi_head_linear_backward([grad], x, weight, True, True, True))
                     )
                 for other in results[1:]:
                     assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True)), (dtype, n, d, k)
@@ -149,7 +149,7 @@ def test_nan_and_inf_stay_in_their_rows(isa: str, dtype: torch.dtype) -> None:
     assert torch.equal(y[21].double(), expected[21])
     others = [i for i in range(40) if i not in (7, 21)]
     assert y[others].isfinite().all()
-    dw = torch.ops.torch_mtl_pyg.multi_head_linear_backward(torch.ones(40, 9, dtype=dtype), x, weight, 0, 1, 0)[1]
+    dw = torch.ops.torch_mtl_pyg.multi_head_linear_backward([torch.ones(40, 9, dtype=dtype)], x, weight, 0, 1, 0)[1]
     assert dw[:, 3].isnan().all() and (dw[:, 0] == float("inf")).all() and dw[:, 4:].isfinite().all()
 
 
@@ -188,7 +188,7 @@ def test_more_than_2_31_elements(fused: None) -> None:
     assert y.numel() > 2**31
     for rows in (slice(0, 3), slice(2**31 // k - 2, 2**31 // k + 2), slice(n - 3, n)):
         assert torch.equal(y[rows].float(), (x[rows].float() @ weight.float().t()).bfloat16().float())
-    dx, dw, db = torch.ops.torch_mtl_pyg.multi_head_linear_backward(y, x, weight, True, True, True)
+    dx, dw, db = torch.ops.torch_mtl_pyg.multi_head_linear_backward([y], x, weight, True, True, True)
     rows = slice(n - 5, n)
     assert torch.allclose(dx[rows].float(), y[rows].float() @ weight.float(), rtol=2**-7)
     tail = y[:, -2:].double()
@@ -216,11 +216,11 @@ def test_gradients_of_the_registered_ops(fused: None) -> None:
     arguments = (double(3, 4), double(7, 4), double(7))
     assert torch.autograd.gradcheck(ops.multi_head_linear, arguments)
     assert torch.autograd.gradgradcheck(ops.multi_head_linear, arguments)
-    backward_arguments = (double(3, 7), double(3, 4), double(7, 4))
+    backward_arguments = (double(3, 2), double(3, 5), double(3, 4), double(7, 4))
     for needs in ((True, True, True), (True, False, True), (False, True, False), (False, False, True)):
 
         def backward(*tensors: Tensor, needs: tuple[bool, ...] = needs) -> tuple[Tensor, ...]:
-            results = ops.multi_head_linear_backward(*tensors, *needs)
+            results = ops.multi_head_linear_backward(list(tensors[:-2]), *tensors[-2:], *needs)
             return tuple(r for r, need in zip(results, needs, strict=True) if need)
 
         assert torch.autograd.gradcheck(backward, backward_arguments)
@@ -303,8 +303,8 @@ def test_opcheck(fused: None, dtype: torch.dtype) -> None:
         grad = torch.randn(n, k).to(dtype).requires_grad_()
         torch.library.opcheck(ops.multi_head_linear.default, (x, weight, bias))
         torch.library.opcheck(ops.multi_head_linear.default, (x.detach(), weight, None))
-        torch.library.opcheck(ops.multi_head_linear_backward.default, (grad, x, weight, True, True, True))
-        torch.library.opcheck(ops.multi_head_linear_backward.default, (grad, x, weight, False, True, False))
+        torch.library.opcheck(ops.multi_head_linear_backward.default, ([grad], x, weight, True, True, True))
+        torch.library.opcheck(ops.multi_head_linear_backward.default, ([grad], x, weight, False, True, False))
 
 
 @pytest.mark.parametrize("dynamic", (False, True))
@@ -411,14 +411,15 @@ def test_bad_input(any_backend: str, error: type[Exception], message: str, chang
     ("message", "change"),
     [
         ("weight: size of dimension 1: expected 4, got 3", lambda g, x, w: (g, x, w[:, :3])),
-        ("grad: size of dimension 0: expected 3, got 2", lambda g, x, w: (g[:2], x, w)),
-        ("grad: size of dimension 1: expected 7, got 6", lambda g, x, w: (g[:, :6], x, w)),
-        ("grad: expected the dtype of x", lambda g, x, w: (g.double(), x, w)),
+        ("grads: size of dimension 0: expected 3, got 2", lambda g, x, w: (g[:2], x, w)),
+        ("grads: sum of the sizes of dimension 1: expected 7, got 6", lambda g, x, w: (g[:, :6], x, w)),
+        ("grads: expected the dtype of x", lambda g, x, w: (g.double(), x, w)),
         ("x: expected float32", lambda g, x, w: (g, x.long(), w)),
         ("weight: expected a matrix, got 1 dimensions", lambda g, x, w: (g, x, w[0])),
     ],
 )
 def test_direct_calls_stay_in_bounds(fused: None, message: str, change: Any) -> None:
     x, weight, _ = inputs(3, 4, 7, torch.float32)
+    grad, *others = change(torch.randn(3, 7), x, weight)
     with pytest.raises(RuntimeError, match=message):
-        torch.ops.torch_mtl_pyg.multi_head_linear_backward(*change(torch.randn(3, 7), x, weight), True, True, True)
+        torch.ops.torch_mtl_pyg.multi_head_linear_backward([grad], *others, True, True, True)

@@ -16,6 +16,11 @@ struct Matrix {
   const void* data;
   int64_t rows, cols;
   int64_t row_stride, col_stride;
+
+  Matrix part(DType type, int64_t row0, int64_t row1, int64_t col0, int64_t col1) const {
+    const int64_t offset = (row0 * row_stride + col0 * col_stride) * element_bytes(type);
+    return {static_cast<const char*>(data) + offset, row1 - row0, col1 - col0, row_stride, col_stride};
+  }
 };
 
 struct Kernels {
@@ -28,20 +33,19 @@ struct Kernels {
   // Packs the panels [first, last) of B; columns past n are filled with zeros.
   void (*pack_panels)(DType type, const Matrix& b, int64_t first, int64_t last, void* panels);
 
-  // ---- rows: out[i, :] = A[i, :] * B + bias for the rows [begin, end) of A.
+  // ---- rows: out[i, :] = A[i, :] * B + bias for every row of A.
   // Each element is one chain of fused multiply-adds in the order of p, whatever the rows of the call.
   // bias: n accumulators, or null. out: elements of `type` with out_row_stride, columns contiguous.
   int64_t (*rows_scratch_bytes)(DType type);
-  void (*rows)(DType type, const Matrix& a, int64_t begin, int64_t end, const void* panels, int64_t n, const void* bias,
-               void* out, int64_t out_row_stride, void* scratch);
+  void (*rows)(DType type, const Matrix& a, const void* panels, int64_t n, const void* bias, void* out,
+               int64_t out_row_stride, void* scratch);
 
-  // ---- outer: sum[k, d] += sum over the rows r in [begin, end) of G[r, k] * X[r, d], for the columns [k0, k1) of G and
-  // [d0, d1) of X. sum: accumulators, row-major with sum_row_stride; (k0, d0) is its first element.
-  // column_sum[k] += sum over r of G[r, k] when it is not null. At most outer_rows rows a call.
+  // ---- outer: sum[k, d] += sum over the rows r of G[r, k] * X[r, d]; at most outer_rows rows.
+  // sum: accumulators, row-major with sum_row_stride. column_sum[k] += sum over r of G[r, k] when it is not null.
   int64_t outer_rows;
   int64_t (*outer_scratch_bytes)(DType type, int64_t k, int64_t d);
-  void (*outer)(DType type, const Matrix& g, const Matrix& x, int64_t begin, int64_t end, int64_t k0, int64_t k1, int64_t d0,
-                int64_t d1, void* sum, int64_t sum_row_stride, void* column_sum, void* scratch);
+  void (*outer)(DType type, const Matrix& g, const Matrix& x, void* sum, int64_t sum_row_stride, void* column_sum,
+                void* scratch);
 
   // ---- out[i] = parts[0][i] + parts[1][i] + ... in this order, for i in [begin, end); out has elements of `type`.
   void (*sum_parts)(DType type, const void* parts, int64_t part_count, int64_t part_stride, int64_t begin, int64_t end,

@@ -59,11 +59,11 @@ static int64_t rows_scratch_bytes(DType type) {
     return rows_scratch_bytes_as<typename ArithmeticOf<In>::type, In>();
   });
 }
-static void rows(DType type, const Matrix& a, int64_t begin, int64_t end, const void* panels, int64_t n, const void* bias,
-                 void* out, int64_t out_row_stride, void* scratch) {
+static void rows(DType type, const Matrix& a, const void* panels, int64_t n, const void* bias, void* out,
+                 int64_t out_row_stride, void* scratch) {
   with_type(type, [&](auto in) {
     using In = decltype(in);
-    rows_as<typename ArithmeticOf<In>::type, In>(a, begin, end, panels, n, bias, out, out_row_stride, scratch);
+    rows_as<typename ArithmeticOf<In>::type, In>(a, panels, n, bias, out, out_row_stride, scratch);
   });
 }
 static int64_t outer_scratch_bytes(DType type, int64_t k, int64_t d) {
@@ -72,11 +72,11 @@ static int64_t outer_scratch_bytes(DType type, int64_t k, int64_t d) {
     return outer_scratch_bytes_as<typename ArithmeticOf<In>::type, In>(k, d);
   });
 }
-static void outer(DType type, const Matrix& g, const Matrix& x, int64_t begin, int64_t end, int64_t k0, int64_t k1, int64_t d0,
-                  int64_t d1, void* sum, int64_t sum_row_stride, void* column_sum, void* scratch) {
+static void outer(DType type, const Matrix& g, const Matrix& x, void* sum, int64_t sum_row_stride, void* column_sum,
+                  void* scratch) {
   with_type(type, [&](auto in) {
     using In = decltype(in);
-    outer_as<typename ArithmeticOf<In>::type, In>(g, x, begin, end, k0, k1, d0, d1, sum, sum_row_stride, column_sum, scratch);
+    outer_as<typename ArithmeticOf<In>::type, In>(g, x, sum, sum_row_stride, column_sum, scratch);
   });
 }
 static void sum_parts(DType type, const void* parts, int64_t part_count, int64_t part_stride, int64_t begin, int64_t end,

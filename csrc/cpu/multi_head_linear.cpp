@@ -8,12 +8,13 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
-#include <array>
+#include <cstring>
 #include <tuple>
 #include <vector>
 
 #include "../common/checks.h"
 #include "buffer.h"
+#include "columns.h"
 #include "isa.h"
 
 namespace mtl {
@@ -29,7 +30,9 @@ Matrix matrix(const Tensor& t) { return {t.const_data_ptr(), t.size(0), t.size(1
 Matrix transposed(const Matrix& m) { return {m.data, m.cols, m.rows, m.col_stride, m.row_stride}; }
 
 Tensor empty(const Tensor& like, std::vector<int64_t> sizes) {
-  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size()));
+  Tensor out = torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size()));
+  prefer_huge_pages(out.mutable_data_ptr(), out.numel() * static_cast<int64_t>(out.element_size()));
+  return out;
 }
 
 Buffer pack(const Kernels& k, DType type, const Matrix& b) {
@@ -42,12 +45,17 @@ Buffer pack(const Kernels& k, DType type, const Matrix& b) {
 }
 
 // out = a * b + bias, all rows.
-void multiply(const Kernels& k, DType type, const Matrix& a, const Matrix& b, const void* bias, void* out) {
-  if (a.rows == 0 || b.cols == 0) return;
+void multiply(const Kernels& k, DType type, const Columns& a, const Matrix& b, const void* bias, void* out) {
+  if (a.rows() == 0 || b.cols == 0) return;
   const Buffer panels = pack(k, type, b);
-  parallel_for(0, a.rows, grain(b.rows * b.cols), [&](int64_t begin, int64_t end) {
-    const Buffer scratch = make_buffer(k.rows_scratch_bytes(type));
-    k.rows(type, a, begin, end, panels.get(), b.cols, bias, out, b.cols, scratch.get());
+  const int64_t out_row_bytes = b.cols * element_bytes(type);
+  parallel_for(0, a.rows(), grain(b.rows * b.cols), [&](int64_t begin, int64_t end) {
+    const int64_t step = a.whole() ? end - begin : k.outer_rows;
+    const Buffer scratch = make_buffer(k.rows_scratch_bytes(type)), gathered = make_buffer(a.scratch_bytes(step, a.cols()));
+    for (int64_t r = begin; r < end; r += step) {
+      const Matrix tile = a.tile(r, std::min(r + step, end), 0, a.cols(), gathered.get());
+      k.rows(type, tile, panels.get(), b.cols, bias, static_cast<char*>(out) + r * out_row_bytes, b.cols, scratch.get());
+    }
   });
 }
 
@@ -67,7 +75,7 @@ Tensor multi_head_linear(const Tensor& x, const Tensor& weight, const std::optio
     k.widen(type, bias->const_data_ptr(), heads, bias->stride(0), wide_bias.get());
   }
   Tensor out = empty(x, {x.size(0), heads});
-  multiply(k, type, matrix(x), transposed(matrix(weight)), wide_bias.get(), out.mutable_data_ptr());
+  multiply(k, type, Columns(type, {matrix(x)}), transposed(matrix(weight)), wide_bias.get(), out.mutable_data_ptr());
   return out;
 }
 
@@ -94,20 +102,26 @@ struct Shares {
     return std::min(size, index * step);
   }
   int64_t edge_k(int64_t index) const { return edge(index, blocks_k, k, 12); }
-  int64_t edge_d(int64_t index) const { return edge(index, blocks_d, d, 32); }
+  int64_t edge_d(int64_t index) const { return d ? edge(index, blocks_d, d, 32) : 0; }
 };
 
-std::tuple<Tensor, Tensor, Tensor> multi_head_linear_backward(const Tensor& grad, const Tensor& x, const Tensor& weight,
-                                                              bool need_x, bool need_weight, bool need_bias) {
+std::tuple<Tensor, Tensor, Tensor> multi_head_linear_backward(const std::vector<Tensor>& grads, const Tensor& x,
+                                                              const Tensor& weight, bool need_x, bool need_weight,
+                                                              bool need_bias) {
   const DType type = dtype_of(x, "x");
-  check_cpu_matrix(grad, "grad", type);
   check_cpu_matrix(x, "x", type);
   check_cpu_matrix(weight, "weight", type);
   check_size(weight.size(1), x.size(1), "weight: size of dimension 1");
-  check_size(grad.size(0), x.size(0), "grad: size of dimension 0");
-  check_size(grad.size(1), weight.size(0), "grad: size of dimension 1");
+  std::vector<Matrix> parts;
+  for (const Tensor& grad : grads) {
+    check_cpu_matrix(grad, "grads", type);
+    check_size(grad.size(0), x.size(0), "grads: size of dimension 0");
+    parts.push_back(matrix(grad));
+  }
+  const Columns g(type, std::move(parts));
+  check_size(g.cols(), weight.size(0), "grads: sum of the sizes of dimension 1");
   const Kernels& k = kernels();
-  const Matrix g = matrix(grad), xm = matrix(x), w = matrix(weight);
+  const Matrix xm = matrix(x), w = matrix(weight);
   Tensor dx = need_x ? empty(x, {xm.rows, xm.cols}) : empty(x, {0});
   Tensor dw = need_weight ? empty(x, {w.rows, w.cols}) : empty(x, {0});
   Tensor db = need_bias ? empty(x, {w.rows}) : empty(x, {0});
@@ -120,43 +134,48 @@ std::tuple<Tensor, Tensor, Tensor> multi_head_linear_backward(const Tensor& grad
   if (!sums_rows) return {dx, dw, db};
 
   const Buffer panels = with_dx ? pack(k, type, w) : Buffer();
-  const int64_t acc = accumulator_bytes(type), d = shares.d;
+  const int64_t acc = accumulator_bytes(type), d = shares.d, blocks_d = shares.blocks_d;
   const int64_t part = w.rows * d + w.rows;  // accumulators of one slice: dW, then db
   const bool direct = shares.slices == 1 && element_bytes(type) == acc;
-  const Buffer parts = direct ? Buffer() : make_buffer(shares.slices * part * acc);
+  const Buffer sums = direct ? Buffer() : make_buffer(shares.slices * part * acc);
   char* const dw_out = need_weight ? static_cast<char*>(dw.mutable_data_ptr()) : nullptr;
   char* const db_out = need_bias ? static_cast<char*>(db.mutable_data_ptr()) : nullptr;
   char* const dx_out = with_dx ? static_cast<char*>(dx.mutable_data_ptr()) : nullptr;
-  const int64_t blocks_d = shares.blocks_d, blocks = shares.blocks_k * blocks_d;
+  const int64_t dx_row_bytes = xm.cols * element_bytes(type);
 
-  parallel_for(0, shares.units(), grain(xm.rows * w.rows * std::max<int64_t>(1, d) / shares.units()), [&](int64_t begin, int64_t end) {
-    const Buffer scratch = make_buffer(std::max(k.outer_scratch_bytes(type, Shares::kBlockK, Shares::kBlockD), k.rows_scratch_bytes(type)));
+  parallel_for(0, shares.units(), grain(xm.rows * w.rows * std::max<int64_t>(1, d) / shares.units()), [&](
+      int64_t begin, int64_t end) {
+    const Buffer scratch = make_buffer(
+        std::max(k.outer_scratch_bytes(type, Shares::kBlockK, Shares::kBlockD), k.rows_scratch_bytes(type)));
+    const Buffer gathered = make_buffer(g.scratch_bytes(k.outer_rows, Shares::kBlockK));
     for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t slice = unit / blocks, block = unit % blocks;
-      const int64_t k0 = shares.edge_k(block / blocks_d), k1 = shares.edge_k(block / blocks_d + 1);
-      const int64_t d0 = d ? shares.edge_d(block % blocks_d) : 0, d1 = d ? shares.edge_d(block % blocks_d + 1) : 0;
-      char* const part_begin = direct ? nullptr : static_cast<char*>(parts.get()) + slice * part * acc;
-      char* const sum = (direct ? dw_out : part_begin) + (d ? (k0 * d + d0) * acc : 0);
+      const int64_t block_d = unit % blocks_d, block_k = unit / blocks_d % shares.blocks_k;
+      const int64_t slice = unit / blocks_d / shares.blocks_k;
+      const int64_t k0 = shares.edge_k(block_k), k1 = shares.edge_k(block_k + 1);
+      const int64_t d0 = shares.edge_d(block_d), d1 = shares.edge_d(block_d + 1);
+      char* const slice_sum = direct ? nullptr : static_cast<char*>(sums.get()) + slice * part * acc;
+      char* const sum = d ? (direct ? dw_out : slice_sum) + (k0 * d + d0) * acc : nullptr;
       char* column_sum = nullptr;
-      if (need_bias && block % blocks_d == 0) column_sum = (direct ? db_out : part_begin + w.rows * d * acc) + k0 * acc;
-      for (int64_t i = k0; i < k1 && d1 > d0; ++i) std::fill_n(sum + (i - k0) * d * acc, (d1 - d0) * acc, char(0));
-      if (column_sum) std::fill_n(column_sum, (k1 - k0) * acc, char(0));
+      if (need_bias && block_d == 0) column_sum = (direct ? db_out : slice_sum + w.rows * d * acc) + k0 * acc;
+      for (int64_t i = 0; i < k1 - k0 && d1 > d0; ++i) std::memset(sum + i * d * acc, 0, (d1 - d0) * acc);
+      if (column_sum) std::memset(column_sum, 0, (k1 - k0) * acc);
       const int64_t first = shares.row(slice), rows = shares.row(slice + 1) - first;
       const int64_t tiles = (rows + k.outer_rows - 1) / k.outer_rows;
       for (int64_t tile = 0; tile < tiles; ++tile) {
-        const int64_t r = first + rows * tile / tiles, r1 = first + rows * (tile + 1) / tiles;
-        k.outer(type, g, xm, r, r1, k0, k1, d0, d1, sum, d, column_sum, scratch.get());
-        if (with_dx) k.rows(type, g, r, r1, panels.get(), w.cols, nullptr, dx_out, w.cols, scratch.get());
+        const int64_t r0 = first + rows * tile / tiles, r1 = first + rows * (tile + 1) / tiles;
+        const Matrix g_tile = g.tile(r0, r1, k0, k1, gathered.get());
+        k.outer(type, g_tile, xm.part(type, r0, r1, d0, d1), sum, d, column_sum, scratch.get());
+        if (with_dx) k.rows(type, g_tile, panels.get(), w.cols, nullptr, dx_out + r0 * dx_row_bytes, w.cols, scratch.get());
       }
     }
   });
   if (!direct) {
-    const char* p = static_cast<const char*>(parts.get());
+    const char* s = static_cast<const char*>(sums.get());
     if (need_weight)
       parallel_for(0, w.rows * d, grain(4 * shares.slices), [&](int64_t begin, int64_t end) {
-        k.sum_parts(type, p, shares.slices, part, begin, end, dw_out);
+        k.sum_parts(type, s, shares.slices, part, begin, end, dw_out);
       });
-    if (need_bias) k.sum_parts(type, p + w.rows * d * acc, shares.slices, part, 0, w.rows, db_out);
+    if (need_bias) k.sum_parts(type, s + w.rows * d * acc, shares.slices, part, 0, w.rows, db_out);
   }
   return {dx, dw, db};
 }

@@ -174,8 +174,8 @@ template <class T>
 constexpr int64_t kSumStride = kColumns + VectorOf<T>::lanes;
 
 template <class K, class In>
-static void rows_as(const Matrix& a, int64_t begin, int64_t end, const void* panels, int64_t n, const void* bias_in,
-                    void* out_in, int64_t out_stride, void* scratch) {
+static void rows_as(const Matrix& a, const void* panels, int64_t n, const void* bias_in, void* out_in,
+                    int64_t out_stride, void* scratch) {
   using E = typename K::Element;
   using T = typename K::Acc;
   const int64_t padded = padded_columns<K>(n);
@@ -183,8 +183,8 @@ static void rows_as(const Matrix& a, int64_t begin, int64_t end, const void* pan
   const bool in_place = kSameElement<K, In> && (a.col_stride == 1 || a.cols == 1);
   T* sums = static_cast<T*>(scratch);
   E* packed = reinterpret_cast<E*>(sums + (kSameAccumulator<K, In> ? 0 : kTileRows * kSumStride<T>));
-  for (int64_t i0 = begin; i0 < end; i0 += kTileRows) {
-    const int64_t rows = min_of(kTileRows, end - i0);
+  for (int64_t i0 = 0; i0 < a.rows; i0 += kTileRows) {
+    const int64_t rows = min_of(kTileRows, a.rows - i0);
     for (int64_t j0 = 0, j1; j0 < n; j0 = j1) {
       j1 = kSameAccumulator<K, In> || n - j0 <= kSumStride<T> ? n : j0 + kColumns;
       T* c = nullptr;
@@ -215,9 +215,9 @@ static void rows_as(const Matrix& a, int64_t begin, int64_t end, const void* pan
           }
         }
         Ahead ahead = kNothingAhead;
-        if (i0 + rows < end && a.col_stride == 1)
+        if (i0 + rows < a.rows && a.col_stride == 1)
           ahead = {reinterpret_cast<const char*>(at<In>(a, i0 + rows, p0)), a.row_stride * static_cast<int64_t>(sizeof(In)),
-                   end - i0 - rows, 0, (p1 - p0) * static_cast<int64_t>(sizeof(In))};
+                   a.rows - i0 - rows, 0, (p1 - p0) * static_cast<int64_t>(sizeof(In))};
         multiply_columns<K>(rows, elements, a_rows, a_stride, block, n, j0, j1, p0 > 0, p1 == a.cols ? bias : nullptr, c,
                             c_stride, ahead);
       }
@@ -264,13 +264,13 @@ static void interleave_height(int height, const In* g, int64_t row_stride, int64
 }
 
 template <class K, class In, int NV>
-static void interleave_tile(const Matrix& g, int64_t r0, int64_t rows, int64_t k0, int64_t k1, typename K::Element* out) {
-  const int64_t elements = ceil_div(rows, K::depth);
-  const Heights heights(k1 - k0, kMaxRows<K, NV>);
+static void interleave_tile(const Matrix& g, typename K::Element* out) {
+  const int64_t elements = ceil_div(g.rows, K::depth);
+  const Heights heights(g.cols, kMaxRows<K, NV>);
   for (int64_t t = 0; t < heights.tiles; ++t) {
     const int64_t k = heights.begin(t);
-    interleave_height<K, In, kMaxRows<K, NV>>(static_cast<int>(heights.begin(t + 1) - k), at<In>(g, r0, k0 + k),
-                                           g.row_stride, g.col_stride, rows, out + k * elements);
+    interleave_height<K, In, kMaxRows<K, NV>>(static_cast<int>(heights.begin(t + 1) - k), at<In>(g, 0, k),
+                                           g.row_stride, g.col_stride, g.rows, out + k * elements);
   }
 }
 
@@ -284,45 +284,44 @@ MTL_INLINE int64_t panel_at(int64_t elements, int64_t d) {
   return elements * d + d / (2 * L) * kPanelPad<K>;
 }
 
-// Packs the columns [d0, d1) of a tile of X. Row by row where it can: a panel alone is one cache line of each row, which
-// no hardware prefetcher follows.
+// Packs a tile of X. Row by row where it can: a panel alone is one cache line of each row, which no hardware prefetcher
+// follows.
 template <class K, class In>
-static void pack_tile(const Matrix& x, int64_t r0, int64_t rows, int64_t d0, int64_t d1, typename K::Element* out) {
+static void pack_tile(const Matrix& x, typename K::Element* out) {
   using E = typename K::Element;
   using T = typename K::Acc;
   constexpr int64_t L = VectorOf<T>::lanes;
-  const int64_t elements = ceil_div(rows, K::depth);
-  int64_t d = d0;
+  const int64_t elements = ceil_div(x.rows, K::depth);
+  int64_t d = 0;
   if constexpr (kSameElement<K, In>) {
     if (x.col_stride == 1) {
-      while (d + 2 * L <= d1 && panel_vectors<T>(d1 - d) == 2) d += 2 * L;
-      for (int64_t r = 0; r < rows; ++r) {
-        const E* row = at<E>(x, r0 + r, d0);
+      while (d + 2 * L <= x.cols && panel_vectors<T>(x.cols - d) == 2) d += 2 * L;
+      for (int64_t r = 0; r < x.rows; ++r) {
+        const E* row = at<E>(x, r, 0);
         E* to = out + r * 2 * L;
-        for (int64_t c = 0; c < d - d0; c += 2 * L, to += elements * 2 * L + kPanelPad<K>) copy_vectors(row + c, 2 * L, to);
+        for (int64_t c = 0; c < d; c += 2 * L, to += elements * 2 * L + kPanelPad<K>) copy_vectors(row + c, 2 * L, to);
       }
     }
   }
-  for (int vectors; d < d1; d += vectors * L) {
-    vectors = panel_vectors<T>(d1 - d);
-    pack_panel<K, In>(x, r0, r0 + rows, d, min_of(vectors * L, d1 - d), vectors * L, out + panel_at<K>(elements, d - d0));
+  for (int vectors; d < x.cols; d += vectors * L) {
+    vectors = panel_vectors<T>(x.cols - d);
+    pack_panel<K, In>(x, 0, x.rows, d, min_of(vectors * L, x.cols - d), vectors * L, out + panel_at<K>(elements, d));
   }
 }
 
 template <class K, class In, int NV>
-static void outer_panels(const Matrix& g, int64_t r0, int64_t rows, int64_t k0, int64_t k1, int64_t columns,
-                         typename K::Acc* sum, int64_t sum_stride, const typename K::Element* x_tile,
-                         typename K::Element* g_tile) {
+static void outer_panels(const Matrix& g, int64_t columns, typename K::Acc* sum, int64_t sum_stride,
+                         const typename K::Element* x_tile, typename K::Element* g_tile) {
   using T = typename K::Acc;
   constexpr int64_t L = VectorOf<T>::lanes;
-  const int64_t elements = ceil_div(rows, K::depth);
+  const int64_t elements = ceil_div(g.rows, K::depth);
   bool interleaved = false;
   for (int64_t d = 0; d < columns;) {
     const int vectors = panel_vectors<T>(columns - d);
     if (vectors == NV) {
-      if (!interleaved) interleave_tile<K, In, NV>(g, r0, rows, k0, k1, g_tile);
+      if (!interleaved) interleave_tile<K, In, NV>(g, g_tile);
       interleaved = true;
-      multiply_panel<K, NV>(k1 - k0, elements, g_tile, 0, true, x_tile + panel_at<K>(elements, d), true, nullptr, sum + d,
+      multiply_panel<K, NV>(g.cols, elements, g_tile, 0, true, x_tile + panel_at<K>(elements, d), true, nullptr, sum + d,
                             sum_stride, static_cast<int>(min_of(NV * L, columns - d)), kNothingAhead);
     }
     d += vectors * L;
@@ -330,33 +329,31 @@ static void outer_panels(const Matrix& g, int64_t r0, int64_t rows, int64_t k0, 
 }
 
 template <class K, class In>
-static void outer_as(const Matrix& g, const Matrix& x, int64_t begin, int64_t end, int64_t k0, int64_t k1, int64_t d0,
-                     int64_t d1, void* sum_in, int64_t sum_stride, void* column_sum, void* scratch) {
+static void outer_as(const Matrix& g, const Matrix& x, void* sum_in, int64_t sum_stride, void* column_sum, void* scratch) {
   using E = typename K::Element;
   using T = typename K::Acc;
-  const int64_t rows = end - begin, k = k1 - k0;
   T* sum = static_cast<T*>(sum_in);
   T* tile_sum = static_cast<T*>(scratch);
-  T* row_wide = tile_sum + ceil_div(k, 16) * 16;
-  E* g_tile = reinterpret_cast<E*>(row_wide + ceil_div(k, 16) * 16);
-  E* x_tile = g_tile + ceil_div(k * (kOuterRows / K::depth), 16) * 16;
-  pack_tile<K, In>(x, begin, rows, d0, d1, x_tile);
-  outer_panels<K, In, 2>(g, begin, rows, k0, k1, d1 - d0, sum, sum_stride, x_tile, g_tile);
-  outer_panels<K, In, 1>(g, begin, rows, k0, k1, d1 - d0, sum, sum_stride, x_tile, g_tile);
-  outer_panels<K, In, 3>(g, begin, rows, k0, k1, d1 - d0, sum, sum_stride, x_tile, g_tile);
+  T* row_wide = tile_sum + ceil_div(g.cols, 16) * 16;
+  E* g_tile = reinterpret_cast<E*>(row_wide + ceil_div(g.cols, 16) * 16);
+  E* x_tile = g_tile + ceil_div(g.cols * (kOuterRows / K::depth), 16) * 16;
+  pack_tile<K, In>(x, x_tile);
+  outer_panels<K, In, 2>(g, x.cols, sum, sum_stride, x_tile, g_tile);
+  outer_panels<K, In, 1>(g, x.cols, sum, sum_stride, x_tile, g_tile);
+  outer_panels<K, In, 3>(g, x.cols, sum, sum_stride, x_tile, g_tile);
   if (!column_sum) return;
   // First over the tile, so that the rounding error grows with kOuterRows + rows / kOuterRows, not with the rows.
-  for (int64_t i = 0; i < k; ++i) tile_sum[i] = T(0);
-  for (int64_t r = begin; r < end; ++r) {
-    const In* row = at<In>(g, r, k0);
+  for (int64_t i = 0; i < g.cols; ++i) tile_sum[i] = T(0);
+  for (int64_t r = 0; r < g.rows; ++r) {
+    const In* row = at<In>(g, r, 0);
     if (kSameAccumulator<K, In> && g.col_stride == 1) {
-      add_run(reinterpret_cast<const T*>(row), k, tile_sum);
+      add_run(reinterpret_cast<const T*>(row), g.cols, tile_sum);
     } else {
-      widen_run(row, k, g.col_stride, row_wide);
-      add_run(row_wide, k, tile_sum);
+      widen_run(row, g.cols, g.col_stride, row_wide);
+      add_run(row_wide, g.cols, tile_sum);
     }
   }
-  add_run(tile_sum, k, static_cast<T*>(column_sum));
+  add_run(tile_sum, g.cols, static_cast<T*>(column_sum));
 }
 
 // For k columns of G and d columns of X.

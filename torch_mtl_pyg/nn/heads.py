@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops import multi_head_linear
+from ..ops import multi_head_linear, multi_head_linear_split
 from ..ops._checks import check_floating, check_same
 from ..task import Task, TaskLayout, as_task
 from . import freezing, repacking
@@ -133,7 +133,8 @@ class MultiTaskHeads(nn.Module):
             IndexError: A task index is not in ``[0, T)``.
         """
         if task is None:
-            return dict(zip(self.layout.names, self.packed(x).split(self.layout.widths, dim=1), strict=True))
+            outputs = multi_head_linear_split(x, *freezing.effective(self), self.layout.widths)
+            return dict(zip(self.layout.names, outputs, strict=True))
         if isinstance(task, Tensor):
             check_floating("x", x, 2, "[N, {}]", self.weight, 1)
             check_same("x", x, "weight", self.weight, dtype=False)

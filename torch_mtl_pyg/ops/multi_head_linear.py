@@ -20,6 +20,7 @@ at any number of threads.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -52,28 +53,42 @@ def multi_head_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
         ValueError: Shapes or devices do not fit.
         RuntimeError: The backend is ``"fused"``, and it cannot run here.
     """
-    check_floating("weight", weight, 2, "[K, D]")
-    check_floating("x", x, 2, "[N, {}]", weight, 1)
-    if bias is not None:
-        check_floating("bias", bias, 1, "[{}]", weight, 0)
-    device = x.device.type
-    if device != "meta" and torch.is_autocast_enabled(device):
-        x, weight, bias = autocast_to(device, x, weight, bias)  # type: ignore[assignment]
-    check_same("x", x, "weight", weight)
-    if bias is not None:
-        check_same("bias", bias, "weight", weight)
-    if not runs_fused(device) or torch._C._are_functorch_transforms_active():
+    x, weight, bias, fused = _prepare(x, weight, bias)
+    if not fused:
         return reference.multi_head_linear(x, weight, bias)
     if torch.compiler.is_compiling():
         result: Tensor = torch.ops.torch_mtl_pyg.multi_head_linear(x, weight, bias)
         return result
-    if torch.is_grad_enabled() and (
-        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    ):
+    if _records(x, weight, bias):
         # The same derivatives as those registered below, without the dispatcher's detour through Python.
         result = _MultiHeadLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
         return result
     return _forward(x, weight, bias)
+
+
+def multi_head_linear_split(
+    x: Tensor, weight: Tensor, bias: Tensor | None, widths: tuple[int, ...]
+) -> tuple[Tensor, ...]:
+    """The same, split into the heads' columns: views of one buffer.
+
+    The backward reads the heads' gradients where they lie, while that of a split would first copy them into one tensor.
+
+    Args:
+        x, weight, bias: As for :func:`multi_head_linear`.
+        widths: Columns of each head; their sum is ``K``.
+
+    Returns:
+        ``[N, widths[t]]`` for each ``t``.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: As :func:`multi_head_linear`.
+    """
+    x, weight, bias, fused = _prepare(x, weight, bias)
+    if fused and _records(x, weight, bias) and not torch.compiler.is_compiling():
+        outputs: tuple[Tensor, ...] = _MultiHeadLinearSplit.apply(widths, x, weight, bias)  # type: ignore[no-untyped-call]
+        return outputs
+    packed = multi_head_linear(x, weight, bias)
+    return torch.split_with_sizes(packed, widths, 1)
 
 
 def register() -> None:
@@ -89,6 +104,28 @@ def register() -> None:
 _LIBRARY = torch.library.Library("torch_mtl_pyg", "FRAGMENT")
 
 
+def _prepare(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None, bool]:
+    """Checks the arguments, casts them under autocast, and tells whether the compiled op computes them."""
+    check_floating("weight", weight, 2, "[K, D]")
+    check_floating("x", x, 2, "[N, {}]", weight, 1)
+    if bias is not None:
+        check_floating("bias", bias, 1, "[{}]", weight, 0)
+    device = x.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):
+        x, weight, bias = autocast_to(device, x, weight, bias)  # type: ignore[assignment]
+    check_same("x", x, "weight", weight)
+    if bias is not None:
+        check_same("bias", bias, "weight", weight)
+    return x, weight, bias, runs_fused(device) and not torch._C._are_functorch_transforms_active()
+
+
+def _records(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether autograd has to know of the op."""
+    return torch.is_grad_enabled() and (
+        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    )
+
+
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     with torch._C._AutoDispatchBelowAutograd():
         result: Tensor = torch.ops.torch_mtl_pyg.multi_head_linear.default(x, weight, bias)
@@ -96,20 +133,27 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _backward(
-    grad: Tensor, x: Tensor, weight: Tensor, need_x: bool, need_weight: bool, need_bias: bool
+    grads: Sequence[Tensor], x: Tensor, weight: Tensor, need_x: bool, need_weight: bool, need_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The three gradients; those not needed are empty. Differentiable itself where autograd records."""
-    if torch.is_grad_enabled() and (grad.requires_grad or x.requires_grad or weight.requires_grad):
+    """The three gradients; those not needed are empty. Differentiable itself where autograd records.
+
+    Args:
+        grads: The gradient ``G``, or its columns in several matrices.
+        x, weight: As for the forward.
+        need_x, need_weight, need_bias: Which gradients to compute.
+    """
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (*grads, x, weight)):
+        grad = grads[0] if len(grads) == 1 else torch.cat(tuple(grads), dim=1)
         if torch.compiler.is_compiling():
             result: tuple[Tensor, Tensor, Tensor] = torch.ops.torch_mtl_pyg.multi_head_linear_backward(
-                grad, x, weight, need_x, need_weight, need_bias
+                [grad], x, weight, need_x, need_weight, need_bias
             )
             return result
         result = _MultiHeadLinearBackward.apply(grad, x, weight, need_x, need_weight, need_bias)  # type: ignore[no-untyped-call]
         return result
     with torch._C._AutoDispatchBelowAutograd():
         result = torch.ops.torch_mtl_pyg.multi_head_linear_backward.default(
-            grad, x, weight, need_x, need_weight, need_bias
+            grads, x, weight, need_x, need_weight, need_bias
         )
     return result
 
@@ -122,7 +166,7 @@ def _fake_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _fake_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, need_x: bool, need_weight: bool, need_bias: bool
+    grads: list[Tensor], x: Tensor, weight: Tensor, need_x: bool, need_weight: bool, need_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     return (
         x.new_empty(x.shape) if need_x else x.new_empty(0),
@@ -139,46 +183,52 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(x, weight)
 
 
-def _backward_of_forward(ctx: Any, grad: Tensor) -> _Grads:
+def _backward_of_forward(ctx: Any, *grads: Tensor) -> _Grads:
     x, weight = ctx.saved_tensors
-    needs = ctx.needs_input_grad[:3]
-    grads = _backward(grad, x, weight, *needs)
-    return tuple(g if need else None for g, need in zip(grads, needs, strict=True))  # type: ignore[return-value]
+    need_x, need_weight, need_bias = ctx.needs_input_grad[-3:]
+    dx, dw, db = _backward(grads, x, weight, need_x, need_weight, need_bias)
+    return dx if need_x else None, dw if need_weight else None, db if need_bias else None
 
 
 def _save_for_double_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.save_for_backward(*inputs[:3])
-    ctx.needs = inputs[3:]
+    grads, x, weight, *needs = inputs
+    ctx.widths = [g.shape[1] for g in grads]
+    ctx.save_for_backward(*grads, x, weight)
+    ctx.needs = needs
     ctx.set_materialize_grads(False)
 
 
 def _backward_of_backward(
     ctx: Any, of_x: Tensor | None, of_weight: Tensor | None, of_bias: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    grad, x, weight = ctx.saved_tensors
+) -> tuple[Any, ...]:
+    *grads, x, weight = ctx.saved_tensors
     # A result that was not needed is an empty tensor: no gradient comes from it.
     of_x, of_weight, of_bias = (
         g if need else None for g, need in zip((of_x, of_weight, of_bias), ctx.needs, strict=True)
     )
-    to_grad: Tensor | None = None
+    to_grads: Any = [None] * len(grads)
     to_x: Tensor | None = None
     to_weight: Tensor | None = None
-    if ctx.needs_input_grad[0]:
+    need_grads, need_x, need_weight = ctx.needs_input_grad[:3]
+    if need_grads is True or (need_grads is not False and any(need_grads)):
+        total: Tensor | None = None
         if of_x is not None:
-            to_grad = multi_head_linear(of_x, weight, of_bias)
+            total = multi_head_linear(of_x, weight, of_bias)
         if of_weight is not None:
             term = multi_head_linear(x, of_weight, of_bias if of_x is None else None)
-            to_grad = term if to_grad is None else to_grad + term
+            total = term if total is None else total + term
         if of_x is None and of_weight is None and of_bias is not None:
-            to_grad = of_bias.expand_as(grad)
-    if ctx.needs_input_grad[1] and of_weight is not None:
-        to_x = _backward(grad, x, of_weight, True, False, False)[0]
-    if ctx.needs_input_grad[2] and of_x is not None:
-        to_weight = _backward(grad, of_x, weight, False, True, False)[1]
-    return to_grad, to_x, to_weight, None, None, None
+            total = of_bias.expand(x.shape[0], weight.shape[0])
+        if total is not None:
+            to_grads = list(torch.split_with_sizes(total, ctx.widths, 1))
+    if need_x and of_weight is not None:
+        to_x = _backward(grads, x, of_weight, True, False, False)[0]
+    if need_weight and of_x is not None:
+        to_weight = _backward(grads, of_x, weight, False, True, False)[1]
+    return to_grads, to_x, to_weight, None, None, None
 
 
-# A setup_context of their own would only serve torch.func, and cost these two 50 microseconds a call.
+# A setup_context of their own would only serve torch.func, and cost these 50 microseconds a call.
 
 
 class _MultiHeadLinear(torch.autograd.Function):
@@ -190,13 +240,38 @@ class _MultiHeadLinear(torch.autograd.Function):
     backward = staticmethod(_backward_of_forward)
 
 
+class _MultiHeadLinearSplit(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, widths: tuple[int, ...], x: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        _save_for_backward(ctx, (x, weight, bias), None)
+        ctx.widths = widths
+        ctx.set_materialize_grads(False)
+        return torch.split_with_sizes(_forward(x, weight, bias), widths, 1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, _ = ctx.saved_tensors
+        given = grads
+        if None in grads:  # heads that no loss used
+            zero = x.new_zeros(1, 1)
+            given = tuple(
+                zero.expand(x.shape[0], width) if g is None else g for g, width in zip(grads, ctx.widths, strict=True)
+            )
+        return None, *_backward_of_forward(ctx, *given)  # type: ignore[arg-type]
+
+
 class _MultiHeadLinearBackward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        _save_for_double_backward(ctx, args, None)
-        return _backward(*args)
+    def forward(ctx: Any, grad: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        _save_for_double_backward(ctx, ((grad,), *args), None)
+        return _backward((grad,), *args)
 
-    backward = staticmethod(_backward_of_backward)
+    @staticmethod
+    def backward(ctx: Any, *of_results: Tensor | None) -> tuple[Any, ...]:
+        (to_grad,), *others = _backward_of_backward(ctx, *of_results)
+        return to_grad, *others
 
 
 # ---- Autocast.

@@ -1,0 +1,89 @@
+"""What the benchmarks share: timing side by side, the machine's limits, a table, a JSON file."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch_geometric
+
+import torch_mtl_pyg as mtl
+
+
+def time_side_by_side(
+    functions: Mapping[str, Callable[[], object]], rounds: int = 11, seconds: float = 0.03
+) -> dict[str, float]:
+    """Median milliseconds of each function.
+
+    Every round times every function once, so that a change of the machine's speed meets all of them. One timing
+    repeats a function for about ``seconds``.
+    """
+    repeats = {}
+    for name, function in functions.items():
+        for _ in range(3):
+            function()
+        start = time.perf_counter()
+        function()
+        repeats[name] = max(1, int(seconds / max(time.perf_counter() - start, 1e-6)))
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    names = list(functions)
+    for i in range(rounds):
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            function = functions[name]
+            start = time.perf_counter()
+            for _ in range(repeats[name]):
+                function()
+            times[name].append((time.perf_counter() - start) / repeats[name] * 1e3)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def matrix_rate(dtype: torch.dtype, n: int = 1536) -> float:
+    """GFLOP/s of PyTorch's own product of two large square matrices: the machine's practical limit."""
+    a, b = torch.randn(n, n).to(dtype), torch.randn(n, n).to(dtype)
+    return 2 * n**3 / time_side_by_side({"mm": lambda: a @ b}, rounds=5)["mm"] / 1e6
+
+
+def machine() -> str:
+    """The processor's name, if the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+        flags = next((line for line in lines if line.startswith("flags")), "")
+        features = [f for f in ("avx2", "avx512f", "avx512_bf16") if f" {f}" in flags]
+        return f"{names[0]} ({', '.join(features)})" if names else platform.processor()
+    except (OSError, IndexError):
+        return platform.processor() or platform.machine()
+
+
+def settings() -> dict[str, Any]:
+    """Machine, threads and versions."""
+    info = mtl.backend_info()
+    return {
+        "machine": machine(),
+        "threads": info.threads,
+        "backend": info.backend,
+        "isa": info.isa,
+        "versions": {**info.versions, "torch_geometric": torch_geometric.__version__},
+    }
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Aligned columns, the first one to the left."""
+    table = [list(header), *[list(row) for row in rows]]
+    widths = [max(len(row[i]) for row in table) for i in range(len(header))]
+    for row in table:
+        print("  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))))
+
+
+def save(path: Path | None, result: Mapping[str, Any]) -> None:
+    """Writes the figures as JSON where a path is given."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=1))
+        print(f"\nSaved {path}.")

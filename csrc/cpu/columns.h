@@ -1,0 +1,64 @@
+// The gradients of several heads, read as the columns of one matrix without making it: a tile at a time is gathered.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "kernels.h"
+
+namespace mtl {
+
+class Columns {
+ public:
+  Columns(DType type, std::vector<Matrix> parts) : type_(type), parts_(std::move(parts)) {
+    for (const Matrix& part : parts_) {
+      begins_.push_back(cols_);
+      cols_ += part.cols;
+    }
+  }
+  int64_t cols() const { return cols_; }
+  int64_t rows() const { return parts_.empty() ? 0 : parts_[0].rows; }
+  // Whether there is one matrix already: tile() then gives a part of it, and needs no scratch.
+  bool whole() const { return parts_.size() == 1; }
+  int64_t scratch_bytes(int64_t rows, int64_t cols) const { return whole() ? 0 : rows * cols * element_bytes(type_); }
+
+  Matrix tile(int64_t r0, int64_t r1, int64_t c0, int64_t c1, void* scratch) const {
+    if (whole()) return parts_[0].part(type_, r0, r1, c0, c1);
+    switch (element_bytes(type_)) {
+      case 8:
+        gather<uint64_t>(r0, r1, c0, c1, static_cast<uint64_t*>(scratch));
+        break;
+      case 4:
+        gather<uint32_t>(r0, r1, c0, c1, static_cast<uint32_t*>(scratch));
+        break;
+      default:
+        gather<uint16_t>(r0, r1, c0, c1, static_cast<uint16_t*>(scratch));
+    }
+    return {scratch, r1 - r0, c1 - c0, c1 - c0, 1};
+  }
+
+ private:
+  // Eight rows at a time: of a narrow head they are one cache line, and the rows written stay in the cache.
+  template <class T>
+  void gather(int64_t r0, int64_t r1, int64_t c0, int64_t c1, T* out) const {
+    const size_t first = std::upper_bound(begins_.begin(), begins_.end(), c0) - begins_.begin() - 1;
+    for (int64_t r = r0; r < r1; r += 8)
+      for (size_t i = first; i < parts_.size() && begins_[i] < c1; ++i) {
+        const Matrix& part = parts_[i];
+        const int64_t from = std::max(c0 - begins_[i], int64_t(0)), to = std::min(c1 - begins_[i], part.cols);
+        T* target = out + (r - r0) * (c1 - c0) + begins_[i] + from - c0;
+        for (int64_t row = r; row < std::min(r + 8, r1); ++row, target += c1 - c0) {
+          const T* source = static_cast<const T*>(part.data) + row * part.row_stride + from * part.col_stride;
+          for (int64_t c = 0; c < to - from; ++c) target[c] = source[c * part.col_stride];
+        }
+      }
+  }
+
+  DType type_;
+  std::vector<Matrix> parts_;
+  std::vector<int64_t> begins_;
+  int64_t cols_ = 0;
+};
+
+}  // namespace mtl
