@@ -470,3 +470,68 @@ def test_autocast(any_backend: str) -> None:
     assert all(o.dtype == torch.bfloat16 for o in out.values()) and routed.dtype == torch.bfloat16
     sum(o.float().sum() for o in out.values()).backward()
     assert heads.weight.grad.dtype == torch.float32
+
+
+# ---- The backward reads each head's gradient where it lies.
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients_of_any_layout_and_of_some_heads(any_backend: str, dtype: torch.dtype) -> None:
+    widths = [1, 7, 3, 200, 2, 16, 1, 33, 5]
+    heads = mtl.MultiTaskHeads(40, {f"t{i}": w for i, w in enumerate(widths)}).to(dtype)
+    n = 431
+    grads: list[Tensor | None] = [torch.randn(n, w).to(dtype) for w in widths]
+    grads[1] = torch.randn(7, n).to(dtype).t()
+    grads[2] = torch.ones(1, 1, dtype=dtype).expand(n, 3)
+    grads[3] = torch.randn(2 * n, 400).to(dtype)[::2, ::2]
+    grads[5] = torch.randn(n, 1).to(dtype).expand(n, 16)
+    for used in (range(9), (1, 2, 3, 5), (3,), (0, 8)):
+        x = torch.randn(n, 40).to(dtype).requires_grad_()
+        heads.zero_grad()
+        out = list(heads(x).values())
+        torch.autograd.backward([out[i] for i in used], [grads[i] for i in used])
+        whole = torch.cat([g if i in used else torch.zeros_like(g) for i, g in enumerate(grads)], dim=1)
+        g = whole.double()
+        with torch.no_grad():
+            assert_accurate(x.grad, g @ heads.weight.double(), g.abs() @ heads.weight.double().abs(), whole @ heads.weight)
+            assert_accurate(heads.weight.grad, g.t() @ x.double(), g.t().abs() @ x.double().abs(), whole.t() @ x)
+            assert_accurate(heads.bias.grad, g.sum(0), g.abs().sum(0), whole.sum(0))
+
+
+def test_second_derivative_through_the_heads(any_backend: str) -> None:
+    heads = mtl.MultiTaskHeads(4, {"a": 2, "b": 1, "c": 3}).double()
+
+    def outputs(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.func.functional_call(heads, {"weight": weight, "bias": bias}, x).values())
+
+    arguments = tuple(
+        t.detach().requires_grad_() for t in (torch.randn(3, 4, dtype=torch.float64), heads.weight, heads.bias)
+    )
+    assert torch.autograd.gradcheck(outputs, arguments)
+    assert torch.autograd.gradgradcheck(outputs, arguments)
+    assert torch.autograd.gradgradcheck(lambda *a: outputs(*a)[1:], arguments)
+
+
+def test_threads_do_not_change_training(fused: None) -> None:
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            torch.manual_seed(1)
+            heads = mtl.MultiTaskHeads(65, RAGGED)
+            x = torch.randn(3000, 65, requires_grad=True)
+            out = heads(x)
+            torch.autograd.backward(list(out.values()), [torch.randn_like(o) for o in out.values()])
+            results.append((heads.weight.grad, heads.bias.grad, x.grad))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_the_tape_keeps_no_packed_gradient(fused: None) -> None:
+    """In-place changes of one output are refused, as for torch.split: they would change the others' buffer."""
+    out = mtl.MultiTaskHeads(4, {"a": 2, "b": 1})(torch.randn(3, 4, requires_grad=True))
+    with pytest.raises(RuntimeError, match="is a view and is being modified inplace"):
+        out["a"].mul_(2)

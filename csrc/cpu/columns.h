@@ -39,20 +39,40 @@ class Columns {
   }
 
  private:
-  // Eight rows at a time: of a narrow head they are one cache line, and the rows written stay in the cache.
+  // Some rows of one head after the other: its values are read in order, and the rows written stay in the cache.
   template <class T>
   void gather(int64_t r0, int64_t r1, int64_t c0, int64_t c1, T* out) const {
+    constexpr int64_t kRows = 64;
     const size_t first = std::upper_bound(begins_.begin(), begins_.end(), c0) - begins_.begin() - 1;
-    for (int64_t r = r0; r < r1; r += 8)
+    for (int64_t r = r0; r < r1; r += kRows)
       for (size_t i = first; i < parts_.size() && begins_[i] < c1; ++i) {
         const Matrix& part = parts_[i];
         const int64_t from = std::max(c0 - begins_[i], int64_t(0)), to = std::min(c1 - begins_[i], part.cols);
+        const T* source = static_cast<const T*>(part.data) + r * part.row_stride + from * part.col_stride;
         T* target = out + (r - r0) * (c1 - c0) + begins_[i] + from - c0;
-        for (int64_t row = r; row < std::min(r + 8, r1); ++row, target += c1 - c0) {
-          const T* source = static_cast<const T*>(part.data) + row * part.row_stride + from * part.col_stride;
-          for (int64_t c = 0; c < to - from; ++c) target[c] = source[c * part.col_stride];
+        const int64_t rows = std::min(kRows, r1 - r), width = to - from;
+        if (part.col_stride != 1 && width > 1) {
+          for (int64_t row = 0; row < rows; ++row)
+            for (int64_t c = 0; c < width; ++c) target[row * (c1 - c0) + c] = source[row * part.row_stride + c * part.col_stride];
+        } else if (width == 1) {
+          copy_rows<1>(rows, source, part.row_stride, target, c1 - c0);
+        } else if (width == 2) {
+          copy_rows<2>(rows, source, part.row_stride, target, c1 - c0);
+        } else if (width == 3) {
+          copy_rows<3>(rows, source, part.row_stride, target, c1 - c0);
+        } else if (width == 4) {
+          copy_rows<4>(rows, source, part.row_stride, target, c1 - c0);
+        } else {
+          for (int64_t row = 0; row < rows; ++row)
+            std::memcpy(target + row * (c1 - c0), source + row * part.row_stride, width * sizeof(T));
         }
       }
+  }
+  // Most heads are narrow: a copy of known size is one or two instructions.
+  template <int kWidth, class T>
+  static void copy_rows(int64_t rows, const T* source, int64_t source_stride, T* target, int64_t target_stride) {
+    for (int64_t row = 0; row < rows; ++row, source += source_stride, target += target_stride)
+      std::memcpy(target, source, kWidth * sizeof(T));
   }
 
   DType type_;

@@ -254,7 +254,7 @@ class _MultiHeadLinearSplit(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         x, _ = ctx.saved_tensors
         given = grads
-        if None in grads:  # heads that no loss used
+        if any(g is None for g in grads):  # heads that no loss used
             zero = x.new_zeros(1, 1)
             given = tuple(
                 zero.expand(x.shape[0], width) if g is None else g for g, width in zip(grads, ctx.widths, strict=True)
