@@ -201,10 +201,15 @@ def main() -> None:
             cells = [f"{ms[peer]:.3f}" if peer in ms else "-" for peer in names]
             r = result[what]
             rows.append(
-                [f"{shape[0]} {shape[1]}x{shape[2]}, {len(widths)}x{size}", "fwd" if what == "forward" else "fwd+bwd"]
-                + cells
-                + [f"{r['ratio_to_best']:.2f} ({r['best']})", f"{r['ratio_to_list']:.2f}"]
-                + [f"{r['fraction_of_matrix_rate']:.2f}", f"{result['matrix_rate']:.0f}"]
+                [
+                    f"{shape[0]} {shape[1]}x{shape[2]}, {len(widths)}x{size}",
+                    "fwd" if what == "forward" else "fwd+bwd",
+                    *cells,
+                    f"{r['ratio_to_best']:.2f} ({r['best']})",
+                    f"{r['ratio_to_list']:.2f}",
+                    f"{r['fraction_of_matrix_rate']:.2f}",
+                    f"{result['matrix_rate']:.0f}",
+                ]
             )
     print_table(["shape", "", *names, "x best", "x list", "of matrix rate", "GFLOP/s"], rows)
     for what in ("forward", "forward+backward"):

@@ -8,7 +8,8 @@
 STABLE_TORCH_LIBRARY(torch_mtl_pyg, m) {
   m.def("multi_head_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   m.def(
-      "multi_head_linear_backward(Tensor[] grads, Tensor x, Tensor weight, bool need_x, bool need_weight, bool need_bias)"
+      "multi_head_linear_backward(Tensor[] grads, Tensor x, Tensor weight, bool need_x, bool need_weight, bool "
+      "need_bias)"
       " -> (Tensor, Tensor, Tensor)");
 
   m.def("isa() -> str");

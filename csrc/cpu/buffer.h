@@ -24,9 +24,9 @@ inline Buffer make_buffer(int64_t bytes) {
   return Buffer(p);
 }
 
-// Asks for large pages where the system leaves the choice to programs. The first write to a fresh page costs about as much
-// as the products of the values on it; allocators give memory above 32 MiB back at each free, so every large output is
-// fresh. Only a hint: what it cannot do, it does not.
+// Asks for large pages where the system leaves the choice to programs. The first write to a fresh page costs about as
+// much as the products of the values on it; allocators give memory above 32 MiB back at each free, so every large
+// output is fresh. Only a hint: what it cannot do, it does not.
 inline void prefer_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kPage = uintptr_t(2) << 20;

@@ -53,7 +53,8 @@ class Columns {
         const int64_t rows = std::min(kRows, r1 - r), width = to - from;
         if (part.col_stride != 1 && width > 1) {
           for (int64_t row = 0; row < rows; ++row)
-            for (int64_t c = 0; c < width; ++c) target[row * (c1 - c0) + c] = source[row * part.row_stride + c * part.col_stride];
+            for (int64_t c = 0; c < width; ++c)
+              target[row * (c1 - c0) + c] = source[row * part.row_stride + c * part.col_stride];
         } else if (width == 1) {
           copy_rows<1>(rows, source, part.row_stride, target, c1 - c0);
         } else if (width == 2) {

@@ -40,7 +40,8 @@ MTL_INLINE void narrow(float v, Float16* out) { out->bits = _cvtss_sh(v, _MM_FRO
 MTL_INLINE float widen(Float16 v) {
   const uint32_t sign = static_cast<uint32_t>(v.bits & 0x8000u) << 16;
   const uint32_t magnitude = v.bits & 0x7fffu;
-  if (magnitude >= 0x7c00u) return float_of_bits(sign | 0x7f800000u | ((magnitude & 0x3ffu) << 13) | ((magnitude & 0x3ffu) ? 0x400000u : 0u));
+  if (magnitude >= 0x7c00u)
+    return float_of_bits(sign | 0x7f800000u | ((magnitude & 0x3ffu) << 13) | ((magnitude & 0x3ffu) ? 0x400000u : 0u));
   // Read the half's bits as a float's: the value is off by 2^-112 exactly, subnormals included.
   return float_of_bits(sign | bits_of_float(float_of_bits(magnitude << 13) * 0x1p112f));
 }
@@ -88,7 +89,8 @@ MTL_INLINE int64_t widen_vectors(const BFloat16* in, int64_t n, float* out) {
   }
   return i;
 }
-MTL_INLINE int64_t widen_vectors([[maybe_unused]] const Float16* in, [[maybe_unused]] int64_t n, [[maybe_unused]] float* out) {
+MTL_INLINE int64_t widen_vectors([[maybe_unused]] const Float16* in, [[maybe_unused]] int64_t n,
+                                 [[maybe_unused]] float* out) {
   int64_t i = 0;
 #ifdef __F16C__
   for (; i + 8 <= n; i += 8)

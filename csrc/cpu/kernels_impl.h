@@ -79,8 +79,8 @@ static void outer(DType type, const Matrix& g, const Matrix& x, void* sum, int64
     outer_as<typename ArithmeticOf<In>::type, In>(g, x, sum, sum_row_stride, column_sum, scratch);
   });
 }
-static void sum_parts(DType type, const void* parts, int64_t part_count, int64_t part_stride, int64_t begin, int64_t end,
-                      void* out) {
+static void sum_parts(DType type, const void* parts, int64_t part_count, int64_t part_stride, int64_t begin,
+                      int64_t end, void* out) {
   with_type(type, [&](auto in) {
     using In = decltype(in);
     sum_parts_as<typename ArithmeticOf<In>::type, In>(parts, part_count, part_stride, begin, end, out);
@@ -93,9 +93,8 @@ static void widen_all(DType type, const void* in, int64_t n, int64_t stride, voi
   });
 }
 
-constexpr Kernels kTable{MTL_ISA_NAME, panels_bytes, panel_count,         pack_panels, rows_scratch_bytes,
-                         rows,         kOuterRows,   outer_scratch_bytes, outer,       sum_parts,
-                         widen_all};
+constexpr Kernels kTable{MTL_ISA_NAME, panels_bytes,        panel_count, pack_panels, rows_scratch_bytes, rows,
+                         kOuterRows,   outer_scratch_bytes, outer,       sum_parts,   widen_all};
 
 }  // namespace
 }  // namespace mtl

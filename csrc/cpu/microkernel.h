@@ -18,9 +18,9 @@ struct BFloat16Pairs {
   static constexpr int depth = 2;
   static MTL_INLINE Vec<float> multiply_add(uint32_t a, Vec<uint32_t> b, Vec<float> c) {
 #if defined(__AVX512BF16__) && MTL_VECTOR_BYTES == 64
-    return reinterpret_cast<Vec<float>>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(c),
-                                                         reinterpret_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(a))),
-                                                         reinterpret_cast<__m512bh>(b)));
+    return reinterpret_cast<Vec<float>>(_mm512_dpbf16_ps(
+        reinterpret_cast<__m512>(c), reinterpret_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(a))),
+        reinterpret_cast<__m512bh>(b)));
 #else  // the same sum without the instruction, so that it can be tested on any CPU
     const float a0 = float_of_bits(a << 16), a1 = float_of_bits(a & 0xffff0000u);
     c = c + a0 * reinterpret_cast<Vec<float>>(b << 16);
@@ -30,17 +30,21 @@ struct BFloat16Pairs {
 };
 
 // Tile heights by panel width: MR * NV accumulators, NV vectors of B and a broadcast fit the registers (16, or 32 with
-// AVX-512), and at least 8 independent chains hide the latency of the multiply-add. float64 gets by with fewer: it is for
-// checks, and each height is one more function to compile.
+// AVX-512), and at least 8 independent chains hide the latency of the multiply-add. float64 gets by with fewer: it is
+// for checks, and each height is one more function to compile.
 template <class K, int NV>
-constexpr int kMaxRows = sizeof(typename K::Acc) == 8    ? (NV == 3 ? 3 : 4)
-                         : MTL_VECTOR_BYTES == 64 ? (NV == 1 ? 8 : NV == 2 ? 12 : 8)
-                                                  : (NV == 1 ? 8 : NV == 2 ? 6 : 4);
+constexpr int kMaxRows = sizeof(typename K::Acc) == 8 ? (NV == 3 ? 3 : 4)
+                         : MTL_VECTOR_BYTES == 64     ? (NV == 1   ? 8
+                                                         : NV == 2 ? 12
+                                                                   : 8)
+                                                      : (NV == 1   ? 8
+                                                         : NV == 2 ? 6
+                                                                   : 4);
 
 // The end of a tile whose last columns are padding: one function for all heights, off the fast path.
 template <class T>
-static MTL_NOINLINE void store_part(const T* tile, int rows, int tile_stride, int width, bool accumulate,
-                                                 const T* bias, T* c, int64_t c_stride) {
+static MTL_NOINLINE void store_part(const T* tile, int rows, int tile_stride, int width, bool accumulate, const T* bias,
+                                    T* c, int64_t c_stride) {
   for (int i = 0; i < rows; ++i) {
     const T* in = tile + i * tile_stride;
     T* out = c + i * c_stride;
@@ -56,51 +60,65 @@ static MTL_NOINLINE void store_part(const T* tile, int rows, int tile_stride, in
 // A(i, p) lies at a[i * a_row + p * a_step]. bias: NV vectors added once, or null. `width` columns of the last vectors
 // are valid; the rest is never stored.
 template <class K, int MR, int NV>
-static MTL_NOINLINE void micro_kernel(int64_t elements, const typename K::Element* a, int64_t a_row,
-                                                   int64_t a_step, const typename K::Element* b, bool accumulate,
-                                                   const typename K::Acc* bias, typename K::Acc* c, int64_t c_stride,
-                                                   int width) {
+static MTL_NOINLINE void micro_kernel(int64_t elements, const typename K::Element* a, int64_t a_row, int64_t a_step,
+                                      const typename K::Element* b, bool accumulate, const typename K::Acc* bias,
+                                      typename K::Acc* c, int64_t c_stride, int width) {
   using E = typename K::Element;
   using T = typename K::Acc;
   constexpr int L = VectorOf<T>::lanes;
   // One pointer per three rows, at [p], [p + row], [p + 2 row]: few enough to stay in registers at 12 rows.
   constexpr int kGroups = (MR + 2) / 3;
   const E* group[kGroups];
-  MTL_UNROLL for (int g = 0; g < kGroups; ++g) group[g] = a + 3 * g * a_row;
+  MTL_UNROLL
+  for (int g = 0; g < kGroups; ++g) group[g] = a + 3 * g * a_row;
   Vec<T> sum[MR][NV];
-  MTL_UNROLL for (int i = 0; i < MR; ++i) {
-    MTL_UNROLL for (int v = 0; v < NV; ++v) sum[i][v] = Vec<T>{};
+  MTL_UNROLL
+  for (int i = 0; i < MR; ++i) {
+    MTL_UNROLL
+    for (int v = 0; v < NV; ++v) sum[i][v] = Vec<T>{};
   }
   for (int64_t p = 0; p < elements; ++p) {
     Vec<E> bv[NV];
-    MTL_UNROLL for (int v = 0; v < NV; ++v) bv[v] = load<E>(b + v * L);
+    MTL_UNROLL
+    for (int v = 0; v < NV; ++v) bv[v] = load<E>(b + v * L);
     b += NV * L;
-    MTL_UNROLL for (int i = 0; i < MR; ++i) {
+    MTL_UNROLL
+    for (int i = 0; i < MR; ++i) {
       const E ai = group[i / 3][i % 3 * a_row];
-      MTL_UNROLL for (int v = 0; v < NV; ++v) sum[i][v] = K::multiply_add(ai, bv[v], sum[i][v]);
+      MTL_UNROLL
+      for (int v = 0; v < NV; ++v) sum[i][v] = K::multiply_add(ai, bv[v], sum[i][v]);
     }
-    MTL_UNROLL for (int g = 0; g < kGroups; ++g) group[g] += a_step;
+    MTL_UNROLL
+    for (int g = 0; g < kGroups; ++g) group[g] += a_step;
   }
   if (width < NV * L) {
     T tile[MR * NV * L];
-    MTL_UNROLL for (int i = 0; i < MR; ++i) {
-      MTL_UNROLL for (int v = 0; v < NV; ++v) store<T>(tile + (i * NV + v) * L, sum[i][v]);
+    MTL_UNROLL
+    for (int i = 0; i < MR; ++i) {
+      MTL_UNROLL
+      for (int v = 0; v < NV; ++v) store<T>(tile + (i * NV + v) * L, sum[i][v]);
     }
     store_part<T>(tile, MR, NV * L, width, accumulate, bias, c, c_stride);
     return;
   }
   if (accumulate) {
-    MTL_UNROLL for (int i = 0; i < MR; ++i) {
-      MTL_UNROLL for (int v = 0; v < NV; ++v) sum[i][v] = load<T>(c + i * c_stride + v * L) + sum[i][v];
+    MTL_UNROLL
+    for (int i = 0; i < MR; ++i) {
+      MTL_UNROLL
+      for (int v = 0; v < NV; ++v) sum[i][v] = load<T>(c + i * c_stride + v * L) + sum[i][v];
     }
   }
   if (bias) {
-    MTL_UNROLL for (int i = 0; i < MR; ++i) {
-      MTL_UNROLL for (int v = 0; v < NV; ++v) sum[i][v] = sum[i][v] + load<T>(bias + v * L);
+    MTL_UNROLL
+    for (int i = 0; i < MR; ++i) {
+      MTL_UNROLL
+      for (int v = 0; v < NV; ++v) sum[i][v] = sum[i][v] + load<T>(bias + v * L);
     }
   }
-  MTL_UNROLL for (int i = 0; i < MR; ++i) {
-    MTL_UNROLL for (int v = 0; v < NV; ++v) store<T>(c + i * c_stride + v * L, sum[i][v]);
+  MTL_UNROLL
+  for (int i = 0; i < MR; ++i) {
+    MTL_UNROLL
+    for (int v = 0; v < NV; ++v) store<T>(c + i * c_stride + v * L, sum[i][v]);
   }
 }
 

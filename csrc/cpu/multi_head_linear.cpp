@@ -51,10 +51,12 @@ void multiply(const Kernels& k, DType type, const Columns& a, const Matrix& b, c
   const int64_t out_row_bytes = b.cols * element_bytes(type);
   parallel_for(0, a.rows(), grain(b.rows * b.cols), [&](int64_t begin, int64_t end) {
     const int64_t step = a.whole() ? end - begin : k.outer_rows;
-    const Buffer scratch = make_buffer(k.rows_scratch_bytes(type)), gathered = make_buffer(a.scratch_bytes(step, a.cols()));
+    const Buffer scratch = make_buffer(k.rows_scratch_bytes(type)),
+                 gathered = make_buffer(a.scratch_bytes(step, a.cols()));
     for (int64_t r = begin; r < end; r += step) {
       const Matrix tile = a.tile(r, std::min(r + step, end), 0, a.cols(), gathered.get());
-      k.rows(type, tile, panels.get(), b.cols, bias, static_cast<char*>(out) + r * out_row_bytes, b.cols, scratch.get());
+      k.rows(type, tile, panels.get(), b.cols, bias, static_cast<char*>(out) + r * out_row_bytes, b.cols,
+             scratch.get());
     }
   });
 }
@@ -87,7 +89,11 @@ struct Shares {
   int64_t n, k, d, blocks_k, blocks_d, slices;
 
   Shares(int64_t n, int64_t k, int64_t d)
-      : n(n), k(k), d(d), blocks_k((k + kBlockK - 1) / kBlockK), blocks_d(std::max<int64_t>(1, (d + kBlockD - 1) / kBlockD)) {
+      : n(n),
+        k(k),
+        d(d),
+        blocks_k((k + kBlockK - 1) / kBlockK),
+        blocks_d(std::max<int64_t>(1, (d + kBlockD - 1) / kBlockD)) {
     const int64_t blocks = blocks_k * blocks_d;
     slices = std::clamp<int64_t>(n / (blocks == 1 ? 256 : 1024), 1, (kParts + blocks - 1) / blocks);
     // An even number of units: few threads get equal shares.
@@ -143,38 +149,39 @@ std::tuple<Tensor, Tensor, Tensor> multi_head_linear_backward(const std::vector<
   char* const dx_out = with_dx ? static_cast<char*>(dx.mutable_data_ptr()) : nullptr;
   const int64_t dx_row_bytes = xm.cols * element_bytes(type);
 
-  parallel_for(0, shares.units(), grain(xm.rows * w.rows * std::max<int64_t>(1, d) / shares.units()), [&](
-      int64_t begin, int64_t end) {
-    const Buffer scratch = make_buffer(
-        std::max(k.outer_scratch_bytes(type, Shares::kBlockK, Shares::kBlockD), k.rows_scratch_bytes(type)));
-    const Buffer gathered = make_buffer(g.scratch_bytes(k.outer_rows, Shares::kBlockK));
-    for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t block_d = unit % blocks_d, block_k = unit / blocks_d % shares.blocks_k;
-      const int64_t slice = unit / blocks_d / shares.blocks_k;
-      const int64_t k0 = shares.edge_k(block_k), k1 = shares.edge_k(block_k + 1);
-      const int64_t d0 = shares.edge_d(block_d), d1 = shares.edge_d(block_d + 1);
-      char* const slice_sum = direct ? nullptr : static_cast<char*>(sums.get()) + slice * part * acc;
-      char* const sum = d ? (direct ? dw_out : slice_sum) + (k0 * d + d0) * acc : nullptr;
-      char* column_sum = nullptr;
-      if (need_bias && block_d == 0) column_sum = (direct ? db_out : slice_sum + w.rows * d * acc) + k0 * acc;
-      for (int64_t i = 0; i < k1 - k0 && d1 > d0; ++i) std::memset(sum + i * d * acc, 0, (d1 - d0) * acc);
-      if (column_sum) std::memset(column_sum, 0, (k1 - k0) * acc);
-      const int64_t first = shares.row(slice), rows = shares.row(slice + 1) - first;
-      const int64_t tiles = (rows + k.outer_rows - 1) / k.outer_rows;
-      for (int64_t tile = 0; tile < tiles; ++tile) {
-        const int64_t r0 = first + rows * tile / tiles, r1 = first + rows * (tile + 1) / tiles;
-        const Matrix g_tile = g.tile(r0, r1, k0, k1, gathered.get());
-        k.outer(type, g_tile, xm.part(type, r0, r1, d0, d1), sum, d, column_sum, scratch.get());
-        if (with_dx) k.rows(type, g_tile, panels.get(), w.cols, nullptr, dx_out + r0 * dx_row_bytes, w.cols, scratch.get());
-      }
-    }
-  });
+  parallel_for(
+      0, shares.units(), grain(xm.rows * w.rows * std::max<int64_t>(1, d) / shares.units()),
+      [&](int64_t begin, int64_t end) {
+        const Buffer scratch = make_buffer(
+            std::max(k.outer_scratch_bytes(type, Shares::kBlockK, Shares::kBlockD), k.rows_scratch_bytes(type)));
+        const Buffer gathered = make_buffer(g.scratch_bytes(k.outer_rows, Shares::kBlockK));
+        for (int64_t unit = begin; unit < end; ++unit) {
+          const int64_t block_d = unit % blocks_d, block_k = unit / blocks_d % shares.blocks_k;
+          const int64_t slice = unit / blocks_d / shares.blocks_k;
+          const int64_t k0 = shares.edge_k(block_k), k1 = shares.edge_k(block_k + 1);
+          const int64_t d0 = shares.edge_d(block_d), d1 = shares.edge_d(block_d + 1);
+          char* const slice_sum = direct ? nullptr : static_cast<char*>(sums.get()) + slice * part * acc;
+          char* const sum = d ? (direct ? dw_out : slice_sum) + (k0 * d + d0) * acc : nullptr;
+          char* column_sum = nullptr;
+          if (need_bias && block_d == 0) column_sum = (direct ? db_out : slice_sum + w.rows * d * acc) + k0 * acc;
+          for (int64_t i = 0; i < k1 - k0 && d1 > d0; ++i) std::memset(sum + i * d * acc, 0, (d1 - d0) * acc);
+          if (column_sum) std::memset(column_sum, 0, (k1 - k0) * acc);
+          const int64_t first = shares.row(slice), rows = shares.row(slice + 1) - first;
+          const int64_t tiles = (rows + k.outer_rows - 1) / k.outer_rows;
+          for (int64_t tile = 0; tile < tiles; ++tile) {
+            const int64_t r0 = first + rows * tile / tiles, r1 = first + rows * (tile + 1) / tiles;
+            const Matrix g_tile = g.tile(r0, r1, k0, k1, gathered.get());
+            k.outer(type, g_tile, xm.part(type, r0, r1, d0, d1), sum, d, column_sum, scratch.get());
+            if (with_dx)
+              k.rows(type, g_tile, panels.get(), w.cols, nullptr, dx_out + r0 * dx_row_bytes, w.cols, scratch.get());
+          }
+        }
+      });
   if (!direct) {
     const char* s = static_cast<const char*>(sums.get());
     if (need_weight)
-      parallel_for(0, w.rows * d, grain(4 * shares.slices), [&](int64_t begin, int64_t end) {
-        k.sum_parts(type, s, shares.slices, part, begin, end, dw_out);
-      });
+      parallel_for(0, w.rows * d, grain(4 * shares.slices),
+                   [&](int64_t begin, int64_t end) { k.sum_parts(type, s, shares.slices, part, begin, end, dw_out); });
     if (need_bias) k.sum_parts(type, s + w.rows * d * acc, shares.slices, part, 0, w.rows, db_out);
   }
   return {dx, dw, db};

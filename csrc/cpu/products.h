@@ -1,4 +1,5 @@
-// Packing, and the products by row tiles that the ops are made of. Included inside an unnamed namespace by kernels_impl.h.
+// Packing, and the products by row tiles that the ops are made of. Included inside an unnamed namespace by
+// kernels_impl.h.
 #pragma once
 
 // Sizes of the blocks, in elements. A panel of kDepth x 16 float32 (24 KiB) stays in the first-level cache while a
@@ -123,13 +124,13 @@ struct Ahead {
 };
 constexpr Ahead kNothingAhead{nullptr, 0, 0, 0, 0};
 
-// One panel past all rows of A. interleaved: the tile of height h that starts at row i lies at a + i * elements, and in it
-// element (i, p) at [p * h + i]; else (i, p) lies at a[i * a_row + p].
+// One panel past all rows of A. interleaved: the tile of height h that starts at row i lies at a + i * elements, and in
+// it element (i, p) at [p * h + i]; else (i, p) lies at a[i * a_row + p].
 template <class K, int NV>
-static MTL_NOINLINE void multiply_panel(int64_t rows, int64_t elements, const typename K::Element* a,
-                                                     int64_t a_row, bool interleaved, const typename K::Element* panel,
-                                                     bool accumulate, const typename K::Acc* bias, typename K::Acc* c,
-                                                     int64_t c_stride, int width, const Ahead& ahead) {
+static MTL_NOINLINE void multiply_panel(int64_t rows, int64_t elements, const typename K::Element* a, int64_t a_row,
+                                        bool interleaved, const typename K::Element* panel, bool accumulate,
+                                        const typename K::Acc* bias, typename K::Acc* c, int64_t c_stride, int width,
+                                        const Ahead& ahead) {
   const Heights heights(rows, kMaxRows<K, NV>);
   for (int64_t t = 0; t < heights.tiles; ++t) {
     const int64_t i = heights.begin(t), height = heights.begin(t + 1) - i;
@@ -167,8 +168,8 @@ static void multiply_columns(int64_t rows, int64_t elements, const typename K::E
   }
 }
 
-// Columns worked on at a time where the stored type is not the accumulator: bounds the scratch. A multiple of two vectors;
-// one vector more is taken rather than left alone, since the last panel may be three wide.
+// Columns worked on at a time where the stored type is not the accumulator: bounds the scratch. A multiple of two
+// vectors; one vector more is taken rather than left alone, since the last panel may be three wide.
 constexpr int64_t kColumns = 384;
 template <class T>
 constexpr int64_t kSumStride = kColumns + VectorOf<T>::lanes;
@@ -216,10 +217,11 @@ static void rows_as(const Matrix& a, const void* panels, int64_t n, const void* 
         }
         Ahead ahead = kNothingAhead;
         if (i0 + rows < a.rows && a.col_stride == 1)
-          ahead = {reinterpret_cast<const char*>(at<In>(a, i0 + rows, p0)), a.row_stride * static_cast<int64_t>(sizeof(In)),
-                   a.rows - i0 - rows, 0, (p1 - p0) * static_cast<int64_t>(sizeof(In))};
-        multiply_columns<K>(rows, elements, a_rows, a_stride, block, n, j0, j1, p0 > 0, p1 == a.cols ? bias : nullptr, c,
-                            c_stride, ahead);
+          ahead = {reinterpret_cast<const char*>(at<In>(a, i0 + rows, p0)),
+                   a.row_stride * static_cast<int64_t>(sizeof(In)), a.rows - i0 - rows, 0,
+                   (p1 - p0) * static_cast<int64_t>(sizeof(In))};
+        multiply_columns<K>(rows, elements, a_rows, a_stride, block, n, j0, j1, p0 > 0, p1 == a.cols ? bias : nullptr,
+                            c, c_stride, ahead);
       }
       if constexpr (!kSameAccumulator<K, In>) {
         for (int64_t i = 0; i < rows; ++i)
@@ -231,14 +233,16 @@ static void rows_as(const Matrix& a, const void* panels, int64_t n, const void* 
 
 template <class K, class In>
 static int64_t rows_scratch_bytes_as() {
-  return kTileRows * (kSameAccumulator<K, In> ? 0 : kSumStride<typename K::Acc>) * static_cast<int64_t>(sizeof(typename K::Acc)) +
+  return kTileRows *
+             (kSameAccumulator<K, In> ? 0 : kSumStride<typename K::Acc>)*static_cast<int64_t>(sizeof(typename K::Acc)) +
          kTileRows * (kDepth / K::depth) * static_cast<int64_t>(sizeof(typename K::Element));
 }
 
 // ---- Outer: sum[k, d] += sum over the rows of a tile of G[row, k] * X[row, d].
 // The tile of X is packed as panels (B of the product), the tile of G interleaved by tile heights (A).
 template <class K, class In, int MR>
-MTL_INLINE void interleave(const In* g, int64_t row_stride, int64_t col_stride, int64_t rows, typename K::Element* out) {
+MTL_INLINE void interleave(const In* g, int64_t row_stride, int64_t col_stride, int64_t rows,
+                           typename K::Element* out) {
   const int64_t elements = ceil_div(rows, K::depth);
   if (K::depth == 1 && col_stride == 1) {
     for (int64_t e = 0; e < elements; ++e) {
@@ -246,7 +250,8 @@ MTL_INLINE void interleave(const In* g, int64_t row_stride, int64_t col_stride, 
       if constexpr (kSameElement<K, In>) {
         __builtin_memcpy(out + e * MR, in, MR * sizeof(In));
       } else if constexpr (K::depth == 1) {
-        MTL_UNROLL for (int i = 0; i < MR; ++i) out[e * MR + i] = widen(in[i]);
+        MTL_UNROLL
+        for (int i = 0; i < MR; ++i) out[e * MR + i] = widen(in[i]);
       }
     }
   } else {
@@ -269,13 +274,13 @@ static void interleave_tile(const Matrix& g, typename K::Element* out) {
   const Heights heights(g.cols, kMaxRows<K, NV>);
   for (int64_t t = 0; t < heights.tiles; ++t) {
     const int64_t k = heights.begin(t);
-    interleave_height<K, In, kMaxRows<K, NV>>(static_cast<int>(heights.begin(t + 1) - k), at<In>(g, 0, k),
-                                           g.row_stride, g.col_stride, g.rows, out + k * elements);
+    interleave_height<K, In, kMaxRows<K, NV>>(static_cast<int>(heights.begin(t + 1) - k), at<In>(g, 0, k), g.row_stride,
+                                              g.col_stride, g.rows, out + k * elements);
   }
 }
 
-// The panels of a tile of X lie this many elements apart: one vector more than they need, so that the panels, written side
-// by side row after row, do not fall into the same set of the first-level cache.
+// The panels of a tile of X lie this many elements apart: one vector more than they need, so that the panels, written
+// side by side row after row, do not fall into the same set of the first-level cache.
 template <class K>
 constexpr int64_t kPanelPad = VectorOf<typename K::Acc>::lanes;
 template <class K>
@@ -321,15 +326,16 @@ static void outer_panels(const Matrix& g, int64_t columns, typename K::Acc* sum,
     if (vectors == NV) {
       if (!interleaved) interleave_tile<K, In, NV>(g, g_tile);
       interleaved = true;
-      multiply_panel<K, NV>(g.cols, elements, g_tile, 0, true, x_tile + panel_at<K>(elements, d), true, nullptr, sum + d,
-                            sum_stride, static_cast<int>(min_of(NV * L, columns - d)), kNothingAhead);
+      multiply_panel<K, NV>(g.cols, elements, g_tile, 0, true, x_tile + panel_at<K>(elements, d), true, nullptr,
+                            sum + d, sum_stride, static_cast<int>(min_of(NV * L, columns - d)), kNothingAhead);
     }
     d += vectors * L;
   }
 }
 
 template <class K, class In>
-static void outer_as(const Matrix& g, const Matrix& x, void* sum_in, int64_t sum_stride, void* column_sum, void* scratch) {
+static void outer_as(const Matrix& g, const Matrix& x, void* sum_in, int64_t sum_stride, void* column_sum,
+                     void* scratch) {
   using E = typename K::Element;
   using T = typename K::Acc;
   T* sum = static_cast<T*>(sum_in);
@@ -364,11 +370,13 @@ static int64_t outer_scratch_bytes_as(int64_t k, int64_t d) {
   constexpr int64_t L = VectorOf<T>::lanes;
   constexpr int64_t kElements = kOuterRows / K::depth;
   return 2 * ceil_div(k, 16) * 16 * static_cast<int64_t>(sizeof(T)) +
-         (ceil_div(k * kElements, 16) * 16 + panel_at<K>(kElements, d) + kElements * 2 * L) * static_cast<int64_t>(sizeof(E));
+         (ceil_div(k * kElements, 16) * 16 + panel_at<K>(kElements, d) + kElements * 2 * L) *
+             static_cast<int64_t>(sizeof(E));
 }
 
 template <class K, class In>
-static void sum_parts_as(const void* parts_in, int64_t count, int64_t stride, int64_t begin, int64_t end, void* out_in) {
+static void sum_parts_as(const void* parts_in, int64_t count, int64_t stride, int64_t begin, int64_t end,
+                         void* out_in) {
   using T = typename K::Acc;
   const T* parts = static_cast<const T*>(parts_in);
   In* out = static_cast<In*>(out_in);

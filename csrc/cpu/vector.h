@@ -1,8 +1,9 @@
 // Vectors of the instruction set this file is compiled for, through the compiler's vector types (GCC, Clang): the same
 // source serves SSE2, NEON, AVX2 and AVX-512, and wide vectors still run, slowly, where the CPU has only narrow ones.
 //
-// Included inside an unnamed namespace by kernels_impl.h. Nothing here may instantiate a function that another file could
-// share (no standard library templates): the linker would keep one copy, possibly with instructions the CPU lacks.
+// Included inside an unnamed namespace by kernels_impl.h. Nothing here may instantiate a function that another file
+// could share (no standard library templates): the linker would keep one copy, possibly with instructions the CPU
+// lacks.
 #pragma once
 
 #ifndef MTL_VECTOR_BYTES

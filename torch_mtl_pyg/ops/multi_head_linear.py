@@ -74,7 +74,9 @@ def multi_head_linear_split(
     The backward reads the heads' gradients where they lie, while that of a split would first copy them into one tensor.
 
     Args:
-        x, weight, bias: As for :func:`multi_head_linear`.
+        x: As for :func:`multi_head_linear`.
+        weight: As for :func:`multi_head_linear`.
+        bias: As for :func:`multi_head_linear`.
         widths: Columns of each head; their sum is ``K``.
 
     Returns:
@@ -137,10 +139,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The three gradients; those not needed are empty. Differentiable itself where autograd records.
 
-    Args:
-        grads: The gradient ``G``, or its columns in several matrices.
-        x, weight: As for the forward.
-        need_x, need_weight, need_bias: Which gradients to compute.
+    ``grads`` holds the gradient ``G``, or its columns in several matrices.
     """
     if torch.is_grad_enabled() and any(t.requires_grad for t in (*grads, x, weight)):
         grad = grads[0] if len(grads) == 1 else torch.cat(tuple(grads), dim=1)

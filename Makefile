@@ -1,0 +1,67 @@
+# Everything runs in .venv, made on first use. PYTHON and TORCH can be given: make test PYTHON=python3.12 TORCH=2.12.0
+PYTHON ?= python3
+TORCH ?= 2.13.0
+VENV ?= .venv
+DATASET ?= digits
+ROOT ?=
+OUT ?= demo_output
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+# Stamps are named after what they hold, so that another torch makes a new installation.
+BASE := $(VENV)/.torch-$(TORCH)
+
+.PHONY: demo test test-scatter lint format bench docs clean
+
+demo: $(VENV)/.demo-$(TORCH)
+	$(BIN)/python examples/demo.py --dataset $(DATASET) $(if $(ROOT),--root $(ROOT)) --out $(OUT)
+
+test: $(VENV)/.test-$(TORCH)
+	$(BIN)/python -m pytest
+
+# The same tests with torch_scatter installed, which PyG then uses for its own scatter and segment.
+test-scatter: $(VENV)/.scatter-$(TORCH)
+	$(BIN)/python -m pytest --ignore tests/test_packaging.py --ignore tests/test_extension.py
+
+lint: $(VENV)/.lint-$(TORCH)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+format: $(VENV)/.lint-$(TORCH)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+bench: $(VENV)/.test-$(TORCH)
+	$(BIN)/python benchmarks/bench_heads.py
+
+# The snippets of README.md and docs/ run as tests.
+docs: $(VENV)/.test-$(TORCH)
+	$(BIN)/python -m pytest tests/test_docs.py
+
+# torch first and by itself: a plain dependency on it could bring a build for another device.
+$(BASE):
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install torch==$(TORCH)
+	touch $@
+
+$(VENV)/.demo-$(TORCH): $(BASE) pyproject.toml
+	$(PIP) install torch==$(TORCH) -e '.[demo]'
+	touch $@
+
+$(VENV)/.test-$(TORCH): $(BASE) pyproject.toml
+	$(PIP) install torch==$(TORCH) -e '.[test]'
+	touch $@
+
+$(VENV)/.lint-$(TORCH): $(VENV)/.test-$(TORCH)
+	$(PIP) install torch==$(TORCH) -e '.[test,lint]'
+	touch $@
+
+$(VENV)/.scatter-$(TORCH): $(VENV)/.test-$(TORCH)
+	FORCE_ONLY_CPU=1 $(PIP) install --no-build-isolation torch==$(TORCH) -e '.[test,scatter]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info demo_output torch_mtl_pyg/_C.*
