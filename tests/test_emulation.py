@@ -15,7 +15,6 @@ import pytest
 import torch
 from conftest import require_fused
 
-
 OPS = Path(__file__).parent / "test_multi_head_linear.py"
 
 
