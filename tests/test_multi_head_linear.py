@@ -196,6 +196,23 @@ def test_more_than_2_31_elements(fused: None) -> None:
     assert torch.allclose(db[-2:].double(), tail.sum(0), rtol=2**-7)
 
 
+@pytest.mark.parametrize("shape", [(5, 4, 0), (0, 4, 0), (5, 0, 3), (0, 0, 0)])
+def test_sizes_of_zero(any_backend: str, shape: tuple[int, int, int]) -> None:
+    n, d, k = shape
+    x, weight, bias = torch.randn(n, d), torch.randn(k, d), torch.randn(k)
+    for t in (x, weight, bias):
+        t.requires_grad_()
+    y = multi_head_linear(x, weight, bias)
+    torch.testing.assert_close(y, torch.nn.functional.linear(x, weight, bias))
+    y.sum().backward()
+    assert torch.equal(x.grad, torch.zeros(n, d))
+    assert torch.equal(weight.grad, torch.zeros(k, d))
+    assert torch.equal(bias.grad, torch.full((k,), float(n)))
+    if any_backend == "fused" and k == 0:
+        dx = torch.ops.torch_mtl_pyg.multi_head_linear_backward([], x.detach(), weight.detach(), True, True, True)[0]
+        assert torch.equal(dx, torch.zeros(n, d))
+
+
 # ---- Derivatives.
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 import subprocess
 import sys
@@ -19,23 +18,28 @@ from torch_mtl_pyg._version import __version__
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT_FILES = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")
 
-pytestmark = [
-    pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="needs a checkout"),
-    pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler"),
-    pytest.mark.skipif(sys.platform not in _build.LINK_FLAGS, reason="there is no build for this platform"),
-    pytest.mark.skipif(importlib.util.find_spec("pip") is None, reason="needs pip"),
-]
 
+def release_of(distribution: str) -> int:
+    """The major release, 0 if not installed.
 
-def setuptools_release() -> int:
-    """The major release, 0 if not installed. Importing it here would raise deprecation warnings of the stdlib."""
+    From the metadata: looking for pip as a module makes setuptools' import hook leave the imports of distutils to the
+    standard library, after which setuptools itself cannot be imported any more.
+    """
     try:
-        return int(metadata.version("setuptools").split(".")[0])
+        return int(metadata.version(distribution).split(".")[0])
     except metadata.PackageNotFoundError:
         return 0
 
 
-needs_setuptools = pytest.mark.skipif(setuptools_release() < 77, reason="needs setuptools >= 77")
+pytestmark = [
+    pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="needs a checkout"),
+    pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler"),
+    pytest.mark.skipif(sys.platform not in _build.LINK_FLAGS, reason="there is no build for this platform"),
+    pytest.mark.skipif(release_of("pip") == 0, reason="needs pip"),
+]
+
+
+needs_setuptools = pytest.mark.skipif(release_of("setuptools") < 77, reason="needs setuptools >= 77")
 
 
 @pytest.fixture

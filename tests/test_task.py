@@ -21,6 +21,7 @@ def test_task_keeps_what_it_was_given() -> None:
     assert Task(1, loss="bce", pos_weight=4.0).pos_weight == 4.0
     assert Task(2, loss="bce", pos_weight=[1, 2]).pos_weight == (1.0, 2.0)
     assert Task(1, loss="huber", delta=2, weight=0.5) == Task(1, "huber", 0.5, delta=2.0)
+    assert Task(3, loss="bce", pos_weight=np.float32(4)).pos_weight == 4.0
     assert Task(np.int64(3)).out_channels == 3
     assert Task(1, loss=torch.nn.functional.mse_loss).loss is torch.nn.functional.mse_loss
     for loss in LOSSES:
@@ -50,6 +51,13 @@ def test_task_keeps_what_it_was_given() -> None:
         ({"loss": "cross_entropy", "label_smoothing": 1.5}, ValueError, r"label_smoothing: .* in \[0, 1\], got 1.5"),
         ({"loss": "cross_entropy", "class_weight": [1.0]}, ValueError, "class_weight: expected 2 numbers.*got 1"),
         ({"loss": "bce", "pos_weight": [1.0, -2.0]}, ValueError, "pos_weight: expected a finite number"),
+        (
+            {"loss": "bce", "class_weight": np.ones(2)},
+            ValueError,
+            "class_weight: is an option of the loss 'cross_entropy'",
+        ),
+        ({"loss": "cross_entropy", "class_weight": 3.0}, TypeError, "class_weight: expected 2 numbers.*got float"),
+        ({"weight": torch.ones(2)}, TypeError, "weight: expected a number, got Tensor"),
         ({"loss": "huber", "delta": 0.0}, ValueError, "delta: expected more than 0"),
     ],
 )

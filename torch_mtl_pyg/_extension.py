@@ -182,6 +182,18 @@ def _jit() -> tuple[Path, str]:
     return found, how
 
 
+def _cpu() -> str:
+    """The features of the processor, where the system tells them: CXXFLAGS may hold -march=native."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as stream:
+            for line in stream:
+                if line.startswith(("flags", "Features")):
+                    return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor()
+
+
 def _key(csrc: Path) -> str:
     """Hash of all that determines the library. Starts no process."""
     settings = _build.torch_settings()
@@ -190,7 +202,7 @@ def _key(csrc: Path) -> str:
         "torch": [settings.version, settings.cxx11_abi],
         "compiler": _build.find_compiler().identity,
         "CXXFLAGS": _build.user_flags(),
-        "machine": [sys.platform, platform.machine(), _libc()],
+        "machine": [sys.platform, platform.machine(), _cpu(), _libc()],
     }
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 

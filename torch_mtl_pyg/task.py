@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-import torch
 from torch import Tensor
 
 LOSSES = ("cross_entropy", "bce", "mse", "l1", "huber", "poisson_nll", "gaussian_nll")
@@ -54,7 +53,7 @@ class Task:
     delta: float = field(default=1.0, kw_only=True)
 
     def __post_init__(self) -> None:
-        width = _integer("out_channels", self.out_channels)
+        width = checked_integer("out_channels", self.out_channels)
         if width < 1:
             raise ValueError(f"out_channels: expected at least 1, got {width}.")
         object.__setattr__(self, "out_channels", width)
@@ -68,20 +67,22 @@ class Task:
         object.__setattr__(self, "weight", _number("weight", self.weight, low=0.0))
         for name, (loss, default) in _OPTIONS.items():
             value = getattr(self, name)
-            if self.loss != loss and not (value is default or (not isinstance(value, Tensor) and value == default)):
+            given = value is not default and not (isinstance(value, (int, float)) and value == default)
+            if given and self.loss != loss:
                 raise ValueError(f"{name}: is an option of the loss {loss!r}, got it for {self.loss!r}.")
         object.__setattr__(self, "label_smoothing", _number("label_smoothing", self.label_smoothing, 0.0, 1.0))
-        object.__setattr__(self, "ignore_index", _integer("ignore_index", self.ignore_index))
+        object.__setattr__(self, "ignore_index", checked_integer("ignore_index", self.ignore_index))
         delta = _number("delta", self.delta, low=0.0)
         if delta == 0.0:
             raise ValueError("delta: expected more than 0, got 0.")
         object.__setattr__(self, "delta", delta)
         if self.class_weight is not None:
             object.__setattr__(self, "class_weight", _numbers("class_weight", self.class_weight, width))
-        if self.pos_weight is not None and not isinstance(self.pos_weight, (int, float)):
-            object.__setattr__(self, "pos_weight", _numbers("pos_weight", self.pos_weight, width))
-        elif self.pos_weight is not None:
-            object.__setattr__(self, "pos_weight", _number("pos_weight", self.pos_weight, low=0.0))
+        if self.pos_weight is not None:
+            several = isinstance(self.pos_weight, Sequence) or getattr(self.pos_weight, "ndim", 0) > 0
+            checked: Any = _numbers if several else _number
+            bound: Any = width if several else 0.0
+            object.__setattr__(self, "pos_weight", checked("pos_weight", self.pos_weight, bound))
 
 
 class TaskLayout:
@@ -123,8 +124,8 @@ class TaskLayout:
         """Pickled and copied by its tasks: read-only mappings cannot be."""
         return TaskLayout, (dict(self.tasks),)
 
-    def name(self, task: str | int) -> str:
-        """The name of a task given by name or by index.
+    def name(self, task: str | int, argument: str = "task") -> str:
+        """The name of a task given by name or by index; ``argument`` is what the messages call it.
 
         Raises:
             TypeError: ``task`` is neither a string nor an integer.
@@ -133,11 +134,11 @@ class TaskLayout:
         """
         if isinstance(task, str):
             if task not in self.tasks:
-                raise ValueError(f"task: expected one of {', '.join(map(repr, self.names))}, got {task!r}.")
+                raise ValueError(f"{argument}: expected one of {', '.join(map(repr, self.names))}, got {task!r}.")
             return task
-        index = _integer("task", task)
+        index = checked_integer(argument, task)
         if not 0 <= index < len(self.names):
-            raise IndexError(f"task: expected an index in [0, {len(self.names)}), got {index}.")
+            raise IndexError(f"{argument}: expected an index in [0, {len(self.names)}), got {index}.")
         return self.names[index]
 
     def describe(self) -> list[tuple[str, int]]:
@@ -145,31 +146,34 @@ class TaskLayout:
         return list(zip(self.names, self.widths, strict=True))
 
 
-def as_task(name: object, task: Task | int) -> Task:
-    """Checks a task's name, and turns a bare width into a :class:`Task`."""
+def as_task(name: object, task: Task | int, argument: str = "tasks") -> Task:
+    """Checks a task's name, and turns a bare width into a :class:`Task`; ``argument`` is what the messages call it."""
     if not isinstance(name, str):
-        raise TypeError(f"tasks: expected names that are strings, got {name!r}.")
+        raise TypeError(f"{argument}: expected names that are strings, got {name!r}.")
     if not name:
-        raise ValueError("tasks: expected names that are not empty, got ''.")
+        raise ValueError(f"{argument}: expected names that are not empty, got ''.")
     if isinstance(task, Task):
         return task
     try:
         return Task(task)
     except TypeError as error:
-        raise TypeError(f"tasks[{name!r}]: expected a Task or an int, got {type(task).__name__}.") from error
+        raise TypeError(f"{argument}[{name!r}]: expected a Task or an int, got {type(task).__name__}.") from error
     except ValueError as error:
-        raise ValueError(f"tasks[{name!r}]: {error}") from error
+        raise ValueError(f"{argument}[{name!r}]: {error}") from error
 
 
-def _integer(name: str, value: object) -> int:
+def checked_integer(name: str, value: object) -> int:
+    """An integer of any kind (also NumPy's), but no bool."""
     if isinstance(value, (bool, Tensor)) or not hasattr(value, "__index__"):
         raise TypeError(f"{name}: expected an int, got {type(value).__name__}.")
     return int(value.__index__())
 
 
-def _number(name: str, value: object, low: float, high: float = math.inf) -> float:
-    if isinstance(value, (bool, str)) or not hasattr(value, "__float__"):
+def _number(name: str, value: Any, low: float, high: float = math.inf) -> float:
+    if isinstance(value, (bool, str)) or not hasattr(value, "__float__") or getattr(value, "ndim", 0) > 0:
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}.")
+    if isinstance(value, Tensor) and value.is_complex():
+        raise TypeError(f"{name}: expected a real number, got dtype {value.dtype}.")
     number = float(value)
     if not (math.isfinite(number) and low <= number <= high):
         wanted = f"in [{low:g}, {high:g}]" if math.isfinite(high) else f"of at least {low:g}"
@@ -178,8 +182,10 @@ def _number(name: str, value: object, low: float, high: float = math.inf) -> flo
 
 
 def _numbers(name: str, values: Any, count: int) -> tuple[float, ...]:
+    if isinstance(values, str) or not hasattr(values, "__iter__") or getattr(values, "ndim", 1) == 0:
+        raise TypeError(f"{name}: expected {count} numbers, one per column, got {type(values).__name__}.")
     if isinstance(values, Tensor):
-        values = values.detach().to(torch.float64).flatten().tolist()
+        values = values.detach().flatten().unbind()
     numbers = tuple(_number(name, value, low=0.0) for value in values)
     if len(numbers) != count:
         raise ValueError(f"{name}: expected {count} numbers, one per column, got {len(numbers)}.")

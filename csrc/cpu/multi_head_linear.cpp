@@ -132,7 +132,11 @@ std::tuple<Tensor, Tensor, Tensor> multi_head_linear_backward(const std::vector<
   Tensor dw = need_weight ? empty(x, {w.rows, w.cols}) : empty(x, {0});
   Tensor db = need_bias ? empty(x, {w.rows}) : empty(x, {0});
 
-  const bool sums_rows = (need_weight || need_bias) && w.rows > 0;
+  if (w.rows == 0) {  // no heads: nothing reaches x
+    if (need_x) std::memset(dx.mutable_data_ptr(), 0, xm.rows * xm.cols * element_bytes(type));
+    return {dx, dw, db};
+  }
+  const bool sums_rows = need_weight || need_bias;
   const Shares shares(xm.rows, w.rows, need_weight ? xm.cols : 0);
   // One block holds all of dW: its rows of g and x are in the cache, so dx is computed with them.
   const bool with_dx = need_x && sums_rows && shares.blocks_k == 1 && shares.blocks_d == 1;

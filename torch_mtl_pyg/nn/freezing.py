@@ -10,48 +10,50 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 if TYPE_CHECKING:
     from .heads import MultiTaskHeads
 
 _watched: weakref.WeakSet[MultiTaskHeads] = weakref.WeakSet()
 _hooked = False
+# Rows as they were when the step of an optimizer began: (parameter, mask, rows).
+_before: weakref.WeakKeyDictionary[torch.optim.Optimizer, list[tuple[Tensor, Tensor, Tensor]]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
-def change(heads: MultiTaskHeads, names: tuple[str, ...], frozen: bool) -> None:
-    """Freezes or unfreezes heads by name.
+def set_frozen(heads: MultiTaskHeads, names: frozenset[str]) -> None:
+    """Freezes these heads and no others.
 
     Raises:
-        ValueError: No name was given, or there is no such task.
+        ValueError: The packed parameters are computed from others (torch.nn.utils.parametrize, prune): an optimizer
+            then holds those, and rows cannot be kept.
     """
-    if not names:
-        raise ValueError(f"names: expected at least one of {', '.join(map(repr, heads.layout.names))}, got none.")
-    checked = {heads.layout.name(name) for name in names}
-    heads._frozen = heads._frozen | checked if frozen else heads._frozen - checked
-    snapshot(heads)
+    plain = isinstance(heads._parameters.get("weight"), nn.Parameter)
+    if names and not plain:
+        raise ValueError("names: expected heads whose weight is a plain parameter, got one computed from others.")
+    heads._frozen = names
+    remake_mask(heads)
     watch(heads)
 
 
-def snapshot(heads: MultiTaskHeads) -> None:
-    """Remembers the frozen rows as they are now, in buffers, which follow the module's device and dtype."""
+def remake_mask(heads: MultiTaskHeads) -> None:
+    """Marks the frozen rows of the packed parameters. A buffer, so that it follows the module's device."""
     mask = None
     if heads._frozen:
         mask = torch.zeros(heads.layout.total, dtype=torch.bool, device=heads.weight.device)
         for name in heads._frozen:
             mask[heads.slices[name]] = True
-    weight, bias = heads.weight.detach(), None if heads.bias is None else heads.bias.detach()
     heads.register_buffer("_frozen_rows", mask, persistent=False)
-    heads.register_buffer("_frozen_weight", None if mask is None else weight[mask], persistent=False)
-    heads.register_buffer("_frozen_bias", None if mask is None or bias is None else bias[mask], persistent=False)
 
 
 def effective(heads: MultiTaskHeads) -> tuple[Tensor, Tensor | None]:
     """Weight and bias as the forward pass takes them: no gradient reaches the frozen rows."""
-    mask: Any = heads._frozen_rows
-    if mask is None:
+    if not heads._frozen:
         return heads.weight, heads.bias
+    mask: Any = heads._frozen_rows
     weight = torch.where(mask.unsqueeze(1), heads.weight.detach(), heads.weight)
     return weight, None if heads.bias is None else torch.where(mask, heads.bias.detach(), heads.bias)
 
@@ -64,16 +66,24 @@ def watch(heads: MultiTaskHeads) -> None:
         return
     _watched.add(heads)
     if not _hooked:
+        register_optimizer_step_pre_hook(_remember)
         register_optimizer_step_post_hook(_set_back)
         _hooked = True
 
 
-def _set_back(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+def _remember(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    rows: list[tuple[Tensor, Tensor, Tensor]] = []
+    for heads in list(_watched):
+        mask: Any = heads._frozen_rows
+        for parameter in (heads._parameters.get("weight"), heads._parameters.get("bias")):
+            if parameter is not None and id(parameter) in held:
+                rows.append((parameter, mask, parameter.detach()[mask]))
+    if rows:
+        _before[optimizer] = rows
+
+
+def _set_back(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     with torch.no_grad():
-        for heads in list(_watched):
-            mask: Any = heads._frozen_rows
-            if id(heads.weight) in held:
-                heads.weight[mask] = heads._frozen_weight  # type: ignore[assignment]
-            if heads.bias is not None and id(heads.bias) in held:
-                heads.bias[mask] = heads._frozen_bias  # type: ignore[assignment]
+        for parameter, mask, rows in _before.pop(optimizer, ()):
+            parameter[mask] = rows

@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch_geometric.nn.resolver import activation_resolver
 
+from .. import backend
 from ..ops import multi_head_linear, multi_head_linear_split
 from ..ops._checks import check_floating, check_same
-from ..task import Task, TaskLayout, as_task
+from ..task import Task, TaskLayout, as_task, checked_integer
 from . import freezing, repacking
 from .routing import check_routes, route
 
@@ -42,8 +44,6 @@ class MultiTaskHeads(nn.Module):
 
     weight: nn.Parameter
     bias: nn.Parameter | None
-    _offsets: Tensor
-    _widths: Tensor
 
     def __init__(
         self,
@@ -55,14 +55,19 @@ class MultiTaskHeads(nn.Module):
         bias: bool = True,
     ) -> None:
         super().__init__()
-        if isinstance(in_channels, bool) or not isinstance(in_channels, int):
-            raise TypeError(f"in_channels: expected an int, got {type(in_channels).__name__}.")
+        in_channels = checked_integer("in_channels", in_channels)
         if in_channels < 1:
             raise ValueError(f"in_channels: expected at least 1, got {in_channels}.")
         if hidden_channels is not None:
             raise ValueError(f"hidden_channels: expected None, since heads are linear, got {hidden_channels!r}.")
         if not isinstance(act, str):
             raise TypeError(f"act: expected the name of an activation, got {type(act).__name__}.")
+        try:
+            activation_resolver(act)
+        except ValueError as error:
+            raise ValueError(f"act: expected the name of an activation, got {act!r}.") from error
+        if isinstance(dropout, (bool, str)) or not hasattr(dropout, "__float__"):
+            raise TypeError(f"dropout: expected a number, got {type(dropout).__name__}.")
         if not 0.0 <= dropout <= 1.0:
             raise ValueError(f"dropout: expected a number in [0, 1], got {dropout}.")
         if not isinstance(bias, bool):
@@ -74,9 +79,9 @@ class MultiTaskHeads(nn.Module):
         self.layout = TaskLayout(tasks)
         self.weight = nn.Parameter(torch.empty(self.layout.total, in_channels))
         self.register_parameter("bias", nn.Parameter(torch.empty(self.layout.total)) if bias else None)
-        self._frozen: set[str] = set()
-        self._layout_changed()
+        self._frozen: frozenset[str] = frozenset()
         self.reset_parameters()
+        backend.resolve()  # here, not while a first call is being traced
 
     # ---- What the heads are.
 
@@ -98,15 +103,18 @@ class MultiTaskHeads(nn.Module):
     @property
     def frozen(self) -> frozenset[str]:
         """The names of the frozen heads."""
-        return frozenset(self._frozen)
+        return self._frozen
+
+    @property
+    def init_bound(self) -> float:
+        r"""The bound of freshly drawn weights and biases, :math:`1 / \sqrt{D}`."""
+        return 1.0 / math.sqrt(self.in_channels)
 
     def reset_parameters(self) -> None:
         r"""Draws all weights and biases anew as ``torch.nn.Linear`` does: uniform in :math:`\pm 1 / \sqrt{D}`."""
-        bound = 1.0 / math.sqrt(self.in_channels)
-        nn.init.uniform_(self.weight, -bound, bound)
-        if self.bias is not None:
-            nn.init.uniform_(self.bias, -bound, bound)
-        freezing.snapshot(self)
+        for parameter in self.parameters(recurse=False):
+            nn.init.uniform_(parameter, -self.init_bound, self.init_bound)
+        freezing.remake_mask(self)
 
     def extra_repr(self) -> str:
         """The size of the embedding, the tasks and their widths."""
@@ -139,7 +147,7 @@ class MultiTaskHeads(nn.Module):
             check_floating("x", x, 2, "[N, {}]", self.weight, 1)
             check_same("x", x, "weight", self.weight, dtype=False)
             check_routes(task, x, self.layout)
-            return route(self.packed(x), task, self._offsets, self._widths, max(self.layout.widths))
+            return route(x, task, *freezing.effective(self), self.layout)
         rows = self.slices[self.layout.name(task)]
         weight, bias = freezing.effective(self)
         return multi_head_linear(x, weight[rows], None if bias is None else bias[rows])
@@ -169,21 +177,21 @@ class MultiTaskHeads(nn.Module):
                 are named ``"0"``, ``"1"``, ...
 
         Raises:
-            TypeError: A module is no linear layer, or their dtypes differ.
-            ValueError: There is none; the input sizes or devices differ; or some have a bias and some have none.
+            TypeError: A module is no linear layer (a subclass may compute something else), or their dtypes differ.
+            ValueError: There is none; the input sizes or devices differ; some have a bias and some have none; one has
+                hooks, or only one of weight and bias is trainable.
         """
         linears = repacking.linear_modules(modules)
         first = next(iter(linears.values()))
-        heads = cls(
-            first.weight.shape[1],
-            {name: linear.weight.shape[0] for name, linear in linears.items()},
-            bias=first.bias is not None,
-        ).to(first.weight)
-        with torch.no_grad():
-            for name, linear in linears.items():
-                heads.weight[heads.slices[name]] = linear.weight
-                if heads.bias is not None:
-                    heads.bias[heads.slices[name]] = linear.bias
+        with torch.device("meta"):  # draws no random numbers
+            heads = cls(
+                first.weight.shape[1],
+                {name: linear.weight.shape[0] for name, linear in linears.items()},
+                bias=first.bias is not None,
+            )
+        heads.weight = nn.Parameter(torch.cat([linear.weight.detach() for linear in linears.values()]))
+        if first.bias is not None:
+            heads.bias = nn.Parameter(torch.cat([linear.bias.detach() for linear in linears.values()]))
         heads.train(first.training)
         still = [name for name, linear in linears.items() if not linear.weight.requires_grad]
         if still:
@@ -201,6 +209,7 @@ class MultiTaskHeads(nn.Module):
 
         ``weight`` and ``bias`` become new parameters, as their shapes change. An optimizer that holds the old ones must
         be told: give it here, and it goes on with the new ones, its state (momenta, ...) kept for the heads that stay.
+        The new head's state is that of a fresh parameter, at the step count of the others.
 
         Args:
             name: A name not in use.
@@ -208,10 +217,13 @@ class MultiTaskHeads(nn.Module):
             optimizer: The optimizer that trains these heads, or None.
 
         Raises:
-            TypeError: ``name`` is no string, or ``task`` is neither Task nor int.
-            ValueError: The name is in use or empty, or the width is below 1.
+            TypeError: ``name`` is no string, ``task`` is neither Task nor int, or ``optimizer`` is no optimizer.
+            ValueError: The name is in use or empty, the width is below 1, or the optimizer does not hold the parameters
+                of the heads, or keeps state that does not lie row by row (LBFGS, Adafactor).
         """
-        task = as_task(name, task)
+        if not isinstance(name, str):
+            raise TypeError(f"name: expected a string, got {type(name).__name__}.")
+        task = as_task(name, task, argument="task")
         if name in self.tasks:
             raise ValueError(f"name: expected one not in use, got {name!r}, which is a task already.")
         repacking.repack(self, TaskLayout({**self.tasks, name: task}), optimizer)
@@ -220,12 +232,11 @@ class MultiTaskHeads(nn.Module):
         """Removes a head; the others' values stay bit for bit. For ``optimizer`` see :meth:`add_task`.
 
         Raises:
-            ValueError: There is no such task, or it is the last one.
+            TypeError, IndexError, ValueError: There is no such task, it is the last one, or ``optimizer`` does not fit.
         """
-        name = self.layout.name(name)
+        name = self.layout.name(name, "name")
         if len(self.tasks) == 1:
             raise ValueError(f"name: expected a task that is not the last one, got {name!r}.")
-        self._frozen.discard(name)
         kept = {other: task for other, task in self.tasks.items() if other != name}
         repacking.repack(self, TaskLayout(kept), optimizer)
 
@@ -233,27 +244,26 @@ class MultiTaskHeads(nn.Module):
         """Keeps heads as they are: their gradients are zero, and no ``torch.optim`` step changes them.
 
         Weight decay and momentum would move a parameter without a gradient; the frozen rows are set back after each
-        step. The shared embedding still gets their gradients.
+        step to what they were before it. The shared embedding still gets their gradients.
 
         Raises:
-            ValueError: No name was given, or there is no such task.
+            TypeError, IndexError, ValueError: No name was given, there is no such task, or ``weight`` is computed from
+                other parameters.
         """
-        freezing.change(self, names, frozen=True)
+        freezing.set_frozen(self, self._frozen | self._named(names))
 
     def unfreeze(self, *names: str) -> None:
         """Trains heads again. The heads that were not frozen may be named too.
 
         Raises:
-            ValueError: No name was given, or there is no such task.
+            TypeError, IndexError, ValueError: No name was given, or there is no such task.
         """
-        freezing.change(self, names, frozen=False)
+        freezing.set_frozen(self, self._frozen - self._named(names))
 
-    def _layout_changed(self) -> None:
-        """Lays the layout on the device of the weights, for routing, and marks the frozen rows."""
-        device = self.weight.device
-        self.register_buffer("_offsets", torch.tensor(self.layout.offsets, device=device), persistent=False)
-        self.register_buffer("_widths", torch.tensor(self.layout.widths, device=device), persistent=False)
-        freezing.snapshot(self)
+    def _named(self, names: tuple[str, ...]) -> frozenset[str]:
+        if not names:
+            raise ValueError(f"names: expected at least one of {', '.join(map(repr, self.layout.names))}, got none.")
+        return frozenset(self.layout.name(name, "names") for name in names)
 
     # ---- Saving and loading: the names travel with the weights, so that heads cannot be taken for each other.
 
@@ -281,8 +291,9 @@ class MultiTaskHeads(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        freezing.snapshot(self)
+        freezing.remake_mask(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         freezing.watch(self)
+        backend.resolve()

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch_geometric.nn import Linear
 
+from ..ops._checks import check_floating
 from ..task import TaskLayout
+from . import freezing
 
 if TYPE_CHECKING:
     from .heads import MultiTaskHeads
@@ -35,11 +37,20 @@ def linear_modules(modules: Mapping[str, nn.Module] | nn.ModuleList) -> dict[str
     first_name = next(iter(named))
     first = named[first_name]
     for name, module in named.items():
-        if not isinstance(module, (nn.Linear, Linear)):
+        # Exactly these types: a subclass (also weight_norm, which makes one) may compute something else.
+        if type(module) not in (nn.Linear, Linear):
             raise TypeError(f"modules[{name!r}]: expected a linear layer, got {type(module).__name__}.")
         weight = module.weight
         if isinstance(weight, nn.parameter.UninitializedParameter):
             raise ValueError(f"modules[{name!r}]: expected an initialised layer, got a lazy one.")
+        if module._forward_hooks or module._forward_pre_hooks:
+            raise ValueError(f"modules[{name!r}]: expected a layer without hooks, got one with hooks.")
+        check_floating(f"modules[{name!r}].weight", weight, 2, "[C, D]")
+        if module.bias is not None and module.bias.requires_grad != weight.requires_grad:
+            raise ValueError(
+                f"modules[{name!r}]: expected weight and bias both trainable or both frozen, got "
+                f"requires_grad={weight.requires_grad} and {module.bias.requires_grad}."
+            )
         if weight.shape[1] != first.weight.shape[1]:
             raise ValueError(
                 f"modules[{name!r}]: expected {first.weight.shape[1]} inputs, as modules[{first_name!r}] has, "
@@ -60,7 +71,8 @@ def linear_modules(modules: Mapping[str, nn.Module] | nn.ModuleList) -> dict[str
 def linear_of(heads: MultiTaskHeads, name: str) -> nn.Linear:
     """One head as a linear layer of its own."""
     rows = heads.slices[name]
-    linear = nn.Linear(
+    linear: nn.Linear = nn.utils.skip_init(  # draws no random numbers
+        nn.Linear,
         heads.in_channels,
         heads.tasks[name].out_channels,
         bias=heads.bias is not None,
@@ -76,43 +88,69 @@ def linear_of(heads: MultiTaskHeads, name: str) -> nn.Linear:
     return linear.train(heads.training)
 
 
+def check_optimizer(heads: MultiTaskHeads, optimizer: object) -> None:
+    """Checks that an optimizer's state can follow the rows of the packed parameters.
+
+    Raises:
+        TypeError: It is no optimizer of ``torch.optim``.
+        ValueError: It does not hold all parameters of the heads, or its state does not lie row by row.
+    """
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}.")
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in heads.named_parameters(recurse=False):
+        if id(parameter) not in held:
+            raise ValueError(f"optimizer: expected one that holds {name} of these heads, got one that does not.")
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor) and value.numel() != 1 and value.shape != parameter.shape:
+                raise ValueError(
+                    f"optimizer: expected state of the shape of {name}, {list(parameter.shape)}, "
+                    f"got {list(value.shape)} for {key!r} of {type(optimizer).__name__}."
+                )
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ValueError("optimizer: expected one whose state lies row by row, got LBFGS: make a new one.")
+
+
 def repack(heads: MultiTaskHeads, layout: TaskLayout, optimizer: torch.optim.Optimizer | None) -> None:
     """Gives heads a new layout: those of the same name keep their values, new ones are drawn."""
-    old_layout, old_weight, old_bias = heads.layout, heads.weight, heads.bias
     if optimizer is not None:
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if id(old_weight) not in held:
-            raise ValueError("optimizer: expected one that holds the parameters of these heads, got one that does not.")
-    moves = [(old_layout.slices[n], layout.slices[n]) for n in layout.names if n in old_layout.slices]
-    with torch.no_grad():
-        heads.layout = layout
-        heads.weight = nn.Parameter(old_weight.new_empty(layout.total, heads.in_channels), old_weight.requires_grad)
-        if old_bias is not None:
-            heads.bias = nn.Parameter(old_bias.new_empty(layout.total), old_bias.requires_grad)
-        heads.reset_parameters()
-        for old, new in moves:
-            heads.weight[new] = old_weight[old]
-            if heads.bias is not None and old_bias is not None:
-                heads.bias[new] = old_bias[old]
-    heads._layout_changed()
-    if optimizer is not None:
-        _move_state(optimizer, old_weight, heads.weight, moves)
-        if old_bias is not None and heads.bias is not None:
-            _move_state(optimizer, old_bias, heads.bias, moves)
+        check_optimizer(heads, optimizer)
+    moves = [(heads.slices[n], layout.slices[n]) for n in layout.names if n in heads.slices]
+    new = [layout.slices[n] for n in layout.names if n not in heads.slices]
+    bound = heads.init_bound
+    for name, old in list(heads.named_parameters(recurse=False)):
+        fresh = nn.Parameter(old.detach().new_empty(layout.total, *old.shape[1:]), old.requires_grad)
+        with torch.no_grad():
+            for source, target in moves:
+                fresh[target] = old[source]
+            for target in new:
+                fresh[target].uniform_(-bound, bound)
+        setattr(heads, name, fresh)
+        if optimizer is not None:
+            _move_state(optimizer, old, fresh, moves)
+    heads.layout = layout
+    freezing.set_frozen(heads, heads._frozen & frozenset(layout.names))
+
+
+# State that does not start at zero, and the option of the parameter group it starts at.
+_FRESH_STATE = {"step_size": "lr", "sum": "initial_accumulator_value"}
 
 
 def _move_state(
     optimizer: torch.optim.Optimizer, old: nn.Parameter, new: nn.Parameter, moves: list[tuple[slice, slice]]
 ) -> None:
-    """Puts a new parameter in the place of an old one; state of its shape follows row by row and starts at zero."""
+    """Puts a new parameter in the place of an old one; state of its shape follows row by row."""
+    options: dict[str, Any] = {}
     for group in optimizer.param_groups:
+        if any(p is old for p in group["params"]):
+            options = group
         group["params"] = [new if p is old else p for p in group["params"]]
     state = optimizer.state.pop(old, None)
     if state is None:
         return
     for key, value in state.items():
-        if isinstance(value, Tensor) and value.shape == old.shape:
-            moved = value.new_zeros(new.shape)
+        if isinstance(value, Tensor) and value.shape == old.shape and value.dim() > 0:
+            moved = value.new_full(new.shape, float(options.get(_FRESH_STATE.get(key, ""), 0.0)))
             for source, target in moves:
                 moved[target] = value[source]
             state[key] = moved

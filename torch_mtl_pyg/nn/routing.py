@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from ..ops import multi_head_linear
 from ..task import TaskLayout
 
 
@@ -25,16 +27,41 @@ def check_routes(task: Tensor, x: Tensor, layout: TaskLayout) -> None:
         raise ValueError(f"task: expected the device of x, {x.device}, got {task.device}.")
     count = len(layout.names)
     outside = (task < 0) | (task >= count)
-    if torch.compiler.is_compiling() or task.is_cuda:
+    if torch.compiler.is_compiling():
         torch._assert_async(~outside.any(), f"task: expected indices in [0, {count})")
     elif task.device.type != "meta" and bool(outside.any()):
         row = int(outside.nonzero()[0])
         raise IndexError(f"task: expected indices in [0, {count}), got {int(task[row])} in row {row}.")
 
 
-def route(packed: Tensor, task: Tensor, offsets: Tensor, widths: Tensor, width: int) -> Tensor:
-    """Picks each row's own columns: ``packed [N, K]`` to ``[N, width]``, zero where the row's head has no column."""
-    column = torch.arange(width, device=packed.device)
-    valid = column < widths[task].unsqueeze(1)
-    index = torch.where(valid, offsets[task].unsqueeze(1) + column, 0)
-    return packed.gather(1, index).masked_fill(~valid, 0.0)
+def route(x: Tensor, task: Tensor, weight: Tensor, bias: Tensor | None, layout: TaskLayout) -> Tensor:
+    """Each row through its own head: ``[N, max C_t]``, zero where the row's head has no column.
+
+    Eagerly, the rows of each task that occurs are multiplied with its head alone. The number of rows of a task is a
+    value, which a compiled graph cannot depend on: there, all heads are computed and each row's columns picked.
+    """
+    width = max(layout.widths)
+    if torch.compiler.is_compiling() or x.device.type == "meta":
+        offsets = torch.tensor(layout.offsets, device=x.device)
+        widths = torch.tensor(layout.widths, device=x.device)
+        packed = multi_head_linear(x, weight, bias)
+        column = torch.arange(width, device=x.device)
+        valid = column < widths[task].unsqueeze(1)
+        index = torch.where(valid, offsets[task].unsqueeze(1) + column, 0)
+        return packed.gather(1, index).masked_fill(~valid, 0.0)
+    order = torch.argsort(task, stable=True)
+    counts = torch.bincount(task, minlength=len(layout.names)).tolist()
+    parts = []
+    begin = 0
+    for name, count in zip(layout.names, counts, strict=True):
+        if count:
+            rows = layout.slices[name]
+            own = x[order[begin : begin + count]]
+            out = multi_head_linear(own, weight[rows], None if bias is None else bias[rows])
+            parts.append(F.pad(out, (0, width - out.shape[1])))
+            begin += count
+    if not parts:
+        return multi_head_linear(x, weight, bias)[:, :width]
+    place = torch.empty_like(order)
+    place[order] = torch.arange(order.shape[0], device=order.device)
+    return torch.cat(parts)[place]

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import reference
 from ._checks import check_floating, check_same
@@ -43,7 +44,8 @@ def multi_head_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
         bias: Packed biases ``[K]``, or None.
 
     Under autocast, floating-point arguments but for float64 are cast to its dtype first, as for a linear layer. Inside
-    the transforms of ``torch.func`` (vmap, jvp, ...), plain PyTorch computes the op, since it has rules for them.
+    the transforms of ``torch.func`` (vmap, jvp, ...), for batched gradients and in forward mode, plain PyTorch computes
+    the op, since it has rules for them.
 
     Returns:
         ``[N, K]``, contiguous, of the dtype of ``x``.
@@ -95,8 +97,13 @@ def multi_head_linear_split(
 
 def register() -> None:
     """Registers shapes, derivatives and autocast for direct calls of the ops, torch.compile and export."""
-    torch.library.register_fake(_NAME, _fake_forward)
-    torch.library.register_fake(f"{_NAME}_backward", _fake_backward)
+    global _forward_op, _backward_op
+    _forward_op = torch.ops.torch_mtl_pyg.multi_head_linear.default
+    _backward_op = torch.ops.torch_mtl_pyg.multi_head_linear_backward.default
+    # As kernels for meta tensors, which fake tensors use too: register_fake would look for the line of this call in the
+    # source of every loaded module, at 50 ms.
+    _LIBRARY.impl("multi_head_linear", _meta_forward, "Meta")
+    _LIBRARY.impl("multi_head_linear_backward", _meta_backward, "Meta")
     torch.library.register_autograd(_NAME, _backward_of_forward, setup_context=_save_for_backward)
     torch.library.register_autograd(f"{_NAME}_backward", _backward_of_backward, setup_context=_save_for_double_backward)
     for key in ("AutocastCPU", "AutocastCUDA"):
@@ -104,6 +111,11 @@ def register() -> None:
 
 
 _LIBRARY = torch.library.Library("torch_mtl_pyg", "FRAGMENT")
+# The loaded ops, looked up once: the way through torch.ops costs a microsecond a call.
+_forward_op: Any = None
+_backward_op: Any = None
+# Tensors of torch.autograd.grad(..., is_grads_batched=True).
+_is_batched = torch._C._functorch.is_legacy_batchedtensor
 
 
 def _prepare(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None, bool]:
@@ -118,7 +130,12 @@ def _prepare(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Te
     check_same("x", x, "weight", weight)
     if bias is not None:
         check_same("bias", bias, "weight", weight)
-    return x, weight, bias, runs_fused(device) and not torch._C._are_functorch_transforms_active()
+    return x, weight, bias, runs_fused(device) and not _transformed()
+
+
+def _transformed() -> bool:
+    """Whether values are more than values: in a transform of torch.func, or with forward-mode tangents."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _records(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -130,7 +147,7 @@ def _records(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     with torch._C._AutoDispatchBelowAutograd():
-        result: Tensor = torch.ops.torch_mtl_pyg.multi_head_linear.default(x, weight, bias)
+        result: Tensor = _forward_op(x, weight, bias)
     return result
 
 
@@ -151,20 +168,18 @@ def _backward(
         result = _MultiHeadLinearBackward.apply(grad, x, weight, need_x, need_weight, need_bias)  # type: ignore[no-untyped-call]
         return result
     with torch._C._AutoDispatchBelowAutograd():
-        result = torch.ops.torch_mtl_pyg.multi_head_linear_backward.default(
-            grads, x, weight, need_x, need_weight, need_bias
-        )
+        result = _backward_op(grads, x, weight, need_x, need_weight, need_bias)
     return result
 
 
 # ---- Shapes.
 
 
-def _fake_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _meta_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
-def _fake_backward(
+def _meta_backward(
     grads: list[Tensor], x: Tensor, weight: Tensor, need_x: bool, need_weight: bool, need_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     return (
@@ -182,9 +197,15 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(x, weight)
 
 
-def _backward_of_forward(ctx: Any, *grads: Tensor) -> _Grads:
-    x, weight = ctx.saved_tensors
-    need_x, need_weight, need_bias = ctx.needs_input_grad[-3:]
+def _backward_of_forward(ctx: Any, grad: Tensor) -> _Grads:
+    return _gradients((grad,), *ctx.saved_tensors, *ctx.needs_input_grad)
+
+
+def _gradients(
+    grads: Sequence[Tensor], x: Tensor, weight: Tensor, need_x: bool, need_weight: bool, need_bias: bool
+) -> _Grads:
+    if _transformed() or any(map(_is_batched, grads)):
+        return reference.multi_head_linear_backward(grads, x, weight, need_x, need_weight, need_bias)
     dx, dw, db = _backward(grads, x, weight, need_x, need_weight, need_bias)
     return dx if need_x else None, dw if need_weight else None, db if need_bias else None
 
@@ -221,9 +242,9 @@ def _backward_of_backward(
         if total is not None:
             to_grads = list(torch.split_with_sizes(total, ctx.widths, 1))
     if need_x and of_weight is not None:
-        to_x = _backward(grads, x, of_weight, True, False, False)[0]
+        to_x = _gradients(grads, x, of_weight, True, False, False)[0]
     if need_weight and of_x is not None:
-        to_weight = _backward(grads, of_x, weight, False, True, False)[1]
+        to_weight = _gradients(grads, of_x, weight, False, True, False)[1]
     return to_grads, to_x, to_weight, None, None, None
 
 
@@ -251,14 +272,14 @@ class _MultiHeadLinearSplit(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, _ = ctx.saved_tensors
+        x, weight = ctx.saved_tensors
         given = grads
         if any(g is None for g in grads):  # heads that no loss used
             zero = x.new_zeros(1, 1)
             given = tuple(
                 zero.expand(x.shape[0], width) if g is None else g for g, width in zip(grads, ctx.widths, strict=True)
             )
-        return None, *_backward_of_forward(ctx, *given)  # type: ignore[arg-type]
+        return None, *_gradients(given, x, weight, *ctx.needs_input_grad[1:])  # type: ignore[arg-type]
 
 
 class _MultiHeadLinearBackward(torch.autograd.Function):
