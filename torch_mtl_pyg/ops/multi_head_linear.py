@@ -55,17 +55,7 @@ def multi_head_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
         ValueError: Shapes or devices do not fit.
         RuntimeError: The backend is ``"fused"``, and it cannot run here.
     """
-    x, weight, bias, fused = _prepare(x, weight, bias)
-    if not fused:
-        return reference.multi_head_linear(x, weight, bias)
-    if torch.compiler.is_compiling():
-        result: Tensor = torch.ops.torch_mtl_pyg.multi_head_linear(x, weight, bias)
-        return result
-    if _records(x, weight, bias):
-        # The same derivatives as those registered below, without the dispatcher's detour through Python.
-        result = _MultiHeadLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
-        return result
-    return _forward(x, weight, bias)
+    return _linear(*_prepare(x, weight, bias))
 
 
 def multi_head_linear_split(
@@ -91,8 +81,7 @@ def multi_head_linear_split(
     if fused and _records(x, weight, bias) and not torch.compiler.is_compiling():
         outputs: tuple[Tensor, ...] = _MultiHeadLinearSplit.apply(widths, x, weight, bias)  # type: ignore[no-untyped-call]
         return outputs
-    packed = multi_head_linear(x, weight, bias)
-    return torch.split_with_sizes(packed, widths, 1)
+    return torch.split_with_sizes(_linear(x, weight, bias, fused), widths, 1)
 
 
 def register() -> None:
@@ -131,6 +120,19 @@ def _prepare(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Te
     if bias is not None:
         check_same("bias", bias, "weight", weight)
     return x, weight, bias, runs_fused(device) and not _transformed()
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, fused: bool) -> Tensor:
+    if not fused:
+        return reference.multi_head_linear(x, weight, bias)
+    if torch.compiler.is_compiling():
+        result: Tensor = torch.ops.torch_mtl_pyg.multi_head_linear(x, weight, bias)
+        return result
+    if _records(x, weight, bias):
+        # The same derivatives as those registered below, without the dispatcher's detour through Python.
+        result = _MultiHeadLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+        return result
+    return _forward(x, weight, bias)
 
 
 def _transformed() -> bool:
