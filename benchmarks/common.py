@@ -26,12 +26,10 @@ def time_side_by_side(
     """
     repeats = {}
     for name, function in functions.items():
-        function()
-        start = time.perf_counter()
-        function()
-        once = time.perf_counter() - start
-        if once < 0.1:
-            function()
+        # A quarter of a second, since memory that the system hands out for the first time can be several times slower.
+        begin = time.perf_counter()
+        once = 0.0
+        while once == 0.0 or time.perf_counter() - begin < 0.25:
             start = time.perf_counter()
             function()
             once = time.perf_counter() - start

@@ -28,7 +28,7 @@ inline Buffer make_buffer(int64_t bytes) {
 // much as the products of the values on it; allocators give memory above 32 MiB back at each free, so every large
 // output is fresh. Only a hint: what it cannot do, it does not.
 inline void prefer_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
+#if defined(__linux__) && defined(MADV_HUGEPAGE) && !defined(MTL_WITHOUT_HUGE_PAGES)
   constexpr uintptr_t kPage = uintptr_t(2) << 20;
   if (bytes < (int64_t(16) << 20)) return;
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage;
