@@ -30,9 +30,7 @@ Matrix matrix(const Tensor& t) { return {t.const_data_ptr(), t.size(0), t.size(1
 Matrix transposed(const Matrix& m) { return {m.data, m.cols, m.rows, m.col_stride, m.row_stride}; }
 
 Tensor empty(const Tensor& like, std::vector<int64_t> sizes) {
-  Tensor out = torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size()));
-  prefer_huge_pages(out.mutable_data_ptr(), out.numel() * static_cast<int64_t>(out.element_size()));
-  return out;
+  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size()));
 }
 
 Buffer pack(const Kernels& k, DType type, const Matrix& b) {
