@@ -349,7 +349,9 @@ def test_compiles_with_inductor(fused: None) -> None:
         return torch.sigmoid(multi_head_linear(torch.tanh(x), weight, bias)).square().sum()
 
     # Inductor's cache on disk knows an op by its name alone: it would return a graph made for an earlier schema.
-    with warnings.catch_warnings(), torch._inductor.config.patch(force_disable_caches=True):
+    from torch._inductor import config
+
+    with warnings.catch_warnings(), config.patch(force_disable_caches=True):
         warnings.simplefilter("ignore")
         value = torch.compile(step, fullgraph=True)(x, weight, bias)
         value.backward()
