@@ -7,15 +7,33 @@ tested here is the code the compiler makes of them for AVX-512.
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import require_fused
+from conftest import ISAS, require_fused
 
 OPS = Path(__file__).parent / "test_multi_head_linear.py"
+
+
+def test_the_instruction_sets_are_those_of_the_cpu() -> None:
+    """Against the system's own list: a wrong detection would skip kernels instead of testing them."""
+    require_fused()
+    cpuinfo = Path("/proc/cpuinfo")
+    if platform.machine() != "x86_64" or not cpuinfo.exists():
+        pytest.skip("the system lists no features of an x86-64 CPU")
+    flags = set(next(line for line in cpuinfo.read_text().splitlines() if line.startswith("flags")).split())
+    needs = {
+        "baseline": set(),
+        "avx2": {"avx2", "fma", "f16c"},
+        "avx512": {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq"},
+        "avx512_bf16": {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16"},
+    }
+    expected = [isa for isa in ISAS if needs[isa] <= flags]
+    assert torch.ops.torch_mtl_pyg.isas_available().split(",") == expected
 
 
 def test_wide_kernels_on_a_narrow_cpu() -> None:
