@@ -27,8 +27,8 @@ class Task:
     r"""One task: the width of its head, and how its predictions are scored.
 
     Args:
-        out_channels: Columns of the task's output, at least 1. ``"gaussian_nll"`` takes two per
-            target, mean and variance.
+        out_channels: Columns of the task's output, at least 1. ``"gaussian_nll"`` takes two per target: with ``m``
+            targets, ``m`` means, then ``m`` logarithms of variances (Kendall & Gal 2017, arXiv:1703.04977).
         loss: ``"cross_entropy"``, ``"bce"`` (with logits), ``"mse"``, ``"l1"``, ``"huber"``, ``"poisson_nll"``,
             ``"gaussian_nll"``, a callable ``loss(output, target) -> Tensor``, or None: outputs only.
         weight: Factor of this task's loss in a total, finite and not negative.
