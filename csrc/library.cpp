@@ -11,6 +11,10 @@ STABLE_TORCH_LIBRARY(torch_mtl_pyg, m) {
       "multi_head_linear_backward(Tensor[] grads, Tensor x, Tensor weight, bool need_x, bool need_weight, bool "
       "need_bias)"
       " -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "multi_head_loss(Tensor x, Tensor weight, Tensor? bias, Tensor[] targets, Tensor integers, Tensor reals, Tensor "
+      "task_weight, bool need_x, bool need_weight, bool need_bias, bool need_gramian)"
+      " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 
   m.def("isa() -> str");
   m.def("isas_available() -> str");

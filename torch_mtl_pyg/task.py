@@ -1,9 +1,9 @@
-"""Tasks, and how the heads of several tasks lie side by side in packed tensors."""
+"""Tasks, how the heads of several tasks lie side by side in packed tensors, and the losses of a batch."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -94,6 +94,7 @@ class TaskLayout:
         widths: Columns per task, ``C_t``.
         slices: Name to its column slice, read-only.
         total: Sum of the widths, ``K``.
+        has_loss: Whether any task has a loss.
 
     Args:
         tasks: Name to :class:`Task`, or to the width alone.
@@ -112,6 +113,7 @@ class TaskLayout:
         self.names = tuple(self.tasks)
         self.widths = tuple(task.out_channels for task in self.tasks.values())
         self.total = sum(self.widths)
+        self.has_loss = any(task.loss is not None for task in self.tasks.values())
         ends = [0]
         for width in self.widths:
             ends.append(ends[-1] + width)
@@ -144,6 +146,74 @@ class TaskLayout:
     def describe(self) -> list[tuple[str, int]]:
         """Names and widths in packing order, as plain data."""
         return list(zip(self.names, self.widths, strict=True))
+
+
+class TaskLosses:
+    r"""The losses of all tasks over one batch.
+
+    A task's loss is the mean over its labelled entries, and 0 with zero gradient where there are none.
+    ``losses["name"]`` or ``losses[0]`` is one of them.
+
+    Attributes:
+        names: Names of the ``T`` tasks, in packing order.
+        per_task: ``[T]``, differentiable, not multiplied by the tasks' weights. float64 for a float64 embedding, else
+            float32.
+        total: Scalar, differentiable: :math:`\sum_t w_t L_t` with the tasks' weights.
+        count: ``[T]`` int64: how many labels counted.
+        gramian: ``[T, T]``, :math:`G_{ij} = \langle \partial L_i / \partial X, \partial L_j / \partial X \rangle` for
+            the shared embedding ``X``, not differentiable; None unless asked for.
+    """
+
+    __slots__ = ("count", "gramian", "names", "per_task", "total")
+
+    def __init__(
+        self, names: tuple[str, ...], per_task: Tensor, total: Tensor, count: Tensor, gramian: Tensor | None = None
+    ) -> None:
+        self.names = names
+        self.per_task = per_task
+        self.total = total
+        self.count = count
+        self.gramian = gramian
+
+    def __getitem__(self, task: str | int) -> Tensor:
+        """The loss of one task, by name or by index.
+
+        Raises:
+            KeyError: There is no task of this name.
+            IndexError: The index is not in ``[0, T)``.
+        """
+        if isinstance(task, str):
+            if task not in self.names:
+                raise KeyError(f"task: expected one of {', '.join(map(repr, self.names))}, got {task!r}.")
+            return self.per_task[self.names.index(task)]
+        index = checked_integer("task", task)
+        if not 0 <= index < len(self.names):
+            raise IndexError(f"task: expected an index in [0, {len(self.names)}), got {index}.")
+        return self.per_task[index]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names
+
+    def keys(self) -> tuple[str, ...]:
+        """The names; with ``[]``, what ``dict(losses)`` needs."""
+        return self.names
+
+    def items(self) -> Iterator[tuple[str, Tensor]]:
+        """Name and loss of each task."""
+        return zip(self.names, self.per_task.unbind(), strict=True)
+
+    def __repr__(self) -> str:
+        shown = ", ".join(
+            f"{name}: {loss:.4g} ({count})"
+            for name, loss, count in zip(self.names, self.per_task.tolist(), self.count.tolist(), strict=True)
+        )
+        return f"TaskLosses(total={self.total.item():.4g}, {{{shown}}})"
 
 
 def as_task(name: object, task: Task | int, argument: str = "tasks") -> Task:

@@ -13,8 +13,9 @@ from torch_geometric.nn.resolver import activation_resolver
 from .. import backend
 from ..ops import multi_head_linear, multi_head_linear_split
 from ..ops._checks import check_floating, check_same
-from ..task import Task, TaskLayout, as_task, checked_integer
+from ..task import Task, TaskLayout, TaskLosses, as_task, checked_integer
 from . import freezing, repacking
+from .loss import Labels, losses_of_all, losses_of_one, routed_labels
 from .routing import check_routes, route
 
 
@@ -165,6 +166,42 @@ class MultiTaskHeads(nn.Module):
             TypeError, ValueError: As in :meth:`forward`.
         """
         return multi_head_linear(x, *freezing.effective(self))
+
+    def loss(self, x: Tensor, y: Labels, task: str | int | Tensor | None = None, gramian: bool = False) -> TaskLosses:
+        r"""Computes all losses from the shared embedding in one pass; the logits ``[N, K]`` are never made.
+
+        A task's loss is the mean over its labelled entries (cross-entropy with class weights: the weighted mean, as
+        ``torch.nn.functional.cross_entropy`` takes it), and 0 where there are none. Backward through ``.total`` finds
+        its gradients ready; through ``.per_task``, with any weights, it computes them again with those.
+
+        Args:
+            x: Shared embedding ``[N, D]``.
+            y: Labels. A matrix ``[N, T]`` with a column for each task, or a dict from task to ``[N]`` or ``[N, C_t]``
+                (``[N]`` for ``cross_entropy``, ``[N, C_t / 2]`` for ``gaussian_nll``) or None (no labels). Missing is
+                NaN in float labels, -100 in integer labels and float labels of ``bce``, ``ignore_index`` in classes.
+                A task without a loss may be left out.
+            task: None: every row has labels of every task. A name or an index: ``y`` holds the labels of this task, and
+                the others' losses are 0. An int64 tensor ``[N]``: row ``i`` belongs to the task ``task[i]`` alone, and
+                ``y`` is ``[N]`` or ``[N, max C_t]``.
+            gramian: Whether to compute :math:`G_{ij} = \langle \partial L_i / \partial X, \partial L_j /
+                \partial X \rangle`, not differentiable.
+
+        Returns:
+            :class:`~torch_mtl_pyg.TaskLosses`.
+
+        Raises:
+            TypeError: ``x`` is no floating-point tensor of the dtype of ``weight``, or labels have the wrong type.
+            ValueError: A shape or device does not fit, no task has a loss, or a label is out of range
+                (:class:`torch_mtl_pyg.labels.LabelError`, also an IndexError, which names task, value and row).
+            IndexError: A task index is not in ``[0, T)``.
+        """
+        if not self.layout.has_loss:
+            raise ValueError("loss: expected at least one task with a loss, got none; give it one: Task(7, loss=...).")
+        if task is not None and not isinstance(task, Tensor):
+            return losses_of_one(self, task, x, y, gramian)
+        if task is not None:
+            y = routed_labels(task, x, y, self.layout)
+        return losses_of_all(x, *freezing.effective(self), y, self.layout, gramian)
 
     # ---- Exchanging heads with single modules.
 

@@ -6,11 +6,17 @@ import warnings
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .. import backend
+from ._checks import check_floating, check_same
 
 # Devices the compiled library has kernels for. "meta" tensors only need shapes.
 FUSED_DEVICES = ("cpu", "meta")
+
+LIBRARY = torch.library.Library("torch_mtl_pyg", "FRAGMENT")
+# Tensors of torch.autograd.grad(..., is_grads_batched=True).
+is_batched = torch._C._functorch.is_legacy_batchedtensor
 
 _warned: set[str] = set()
 
@@ -39,4 +45,31 @@ def autocast_to(device_type: str, *tensors: Tensor | None) -> tuple[Tensor | Non
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(
         t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors
+    )
+
+
+def prepare(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None, bool]:
+    """Checks the arguments, casts them under autocast, and tells whether the compiled op computes them."""
+    check_floating("weight", weight, 2, "[K, D]")
+    check_floating("x", x, 2, "[N, {}]", weight, 1)
+    if bias is not None:
+        check_floating("bias", bias, 1, "[{}]", weight, 0)
+    device = x.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):
+        x, weight, bias = autocast_to(device, x, weight, bias)  # type: ignore[assignment]
+    check_same("x", x, "weight", weight)
+    if bias is not None:
+        check_same("bias", bias, "weight", weight)
+    return x, weight, bias, runs_fused(device) and not transformed()
+
+
+def transformed() -> bool:
+    """Whether values are more than values: in a transform of torch.func, or with forward-mode tangents."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def records(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether autograd has to know of the op."""
+    return torch.is_grad_enabled() and (
+        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     )

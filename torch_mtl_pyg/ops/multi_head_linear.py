@@ -25,11 +25,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from . import reference
-from ._checks import check_floating, check_same
-from ._dispatch import autocast_to, runs_fused
+from ._dispatch import LIBRARY, autocast_to, is_batched, prepare, records, transformed
 
 _NAME = "torch_mtl_pyg::multi_head_linear"
 _Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -55,7 +53,7 @@ def multi_head_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
         ValueError: Shapes or devices do not fit.
         RuntimeError: The backend is ``"fused"``, and it cannot run here.
     """
-    return _linear(*_prepare(x, weight, bias))
+    return _linear(*prepare(x, weight, bias))
 
 
 def multi_head_linear_split(
@@ -77,8 +75,8 @@ def multi_head_linear_split(
     Raises:
         TypeError, ValueError, RuntimeError: As :func:`multi_head_linear`.
     """
-    x, weight, bias, fused = _prepare(x, weight, bias)
-    if fused and _records(x, weight, bias) and not torch.compiler.is_compiling():
+    x, weight, bias, fused = prepare(x, weight, bias)
+    if fused and records(x, weight, bias) and not torch.compiler.is_compiling():
         outputs: tuple[Tensor, ...] = _MultiHeadLinearSplit.apply(widths, x, weight, bias)  # type: ignore[no-untyped-call]
         return outputs
     return torch.split_with_sizes(_linear(x, weight, bias, fused), widths, 1)
@@ -91,60 +89,28 @@ def register() -> None:
     _backward_op = torch.ops.torch_mtl_pyg.multi_head_linear_backward.default
     # As kernels for meta tensors, which fake tensors use too: register_fake would look for the line of this call in the
     # source of every loaded module, at 50 ms.
-    _LIBRARY.impl("multi_head_linear", _meta_forward, "Meta")
-    _LIBRARY.impl("multi_head_linear_backward", _meta_backward, "Meta")
+    LIBRARY.impl("multi_head_linear", _meta_forward, "Meta")
+    LIBRARY.impl("multi_head_linear_backward", _meta_backward, "Meta")
     torch.library.register_autograd(_NAME, _backward_of_forward, setup_context=_save_for_backward)
     torch.library.register_autograd(f"{_NAME}_backward", _backward_of_backward, setup_context=_save_for_double_backward)
     for key in ("AutocastCPU", "AutocastCUDA"):
-        _LIBRARY.impl("multi_head_linear", _autocast(key), key)
+        LIBRARY.impl("multi_head_linear", _autocast(key), key)
 
 
-_LIBRARY = torch.library.Library("torch_mtl_pyg", "FRAGMENT")
 # The loaded ops, looked up once: the way through torch.ops costs a microsecond a call.
 _forward_op: Any = None
 _backward_op: Any = None
-# Tensors of torch.autograd.grad(..., is_grads_batched=True).
-_is_batched = torch._C._functorch.is_legacy_batchedtensor
-
-
-def _prepare(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None, bool]:
-    """Checks the arguments, casts them under autocast, and tells whether the compiled op computes them."""
-    check_floating("weight", weight, 2, "[K, D]")
-    check_floating("x", x, 2, "[N, {}]", weight, 1)
-    if bias is not None:
-        check_floating("bias", bias, 1, "[{}]", weight, 0)
-    device = x.device.type
-    if device != "meta" and torch.is_autocast_enabled(device):
-        x, weight, bias = autocast_to(device, x, weight, bias)  # type: ignore[assignment]
-    check_same("x", x, "weight", weight)
-    if bias is not None:
-        check_same("bias", bias, "weight", weight)
-    return x, weight, bias, runs_fused(device) and not _transformed()
-
-
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, fused: bool) -> Tensor:
     if not fused:
         return reference.multi_head_linear(x, weight, bias)
     if torch.compiler.is_compiling():
         result: Tensor = torch.ops.torch_mtl_pyg.multi_head_linear(x, weight, bias)
         return result
-    if _records(x, weight, bias):
+    if records(x, weight, bias):
         # The same derivatives as those registered below, without the dispatcher's detour through Python.
         result = _MultiHeadLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
         return result
     return _forward(x, weight, bias)
-
-
-def _transformed() -> bool:
-    """Whether values are more than values: in a transform of torch.func, or with forward-mode tangents."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-
-
-def _records(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether autograd has to know of the op."""
-    return torch.is_grad_enabled() and (
-        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    )
 
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -206,7 +172,7 @@ def _backward_of_forward(ctx: Any, grad: Tensor) -> _Grads:
 def _gradients(
     grads: Sequence[Tensor], x: Tensor, weight: Tensor, need_x: bool, need_weight: bool, need_bias: bool
 ) -> _Grads:
-    if _transformed() or any(map(_is_batched, grads)):
+    if transformed() or any(map(is_batched, grads)):
         return reference.multi_head_linear_backward(grads, x, weight, need_x, need_weight, need_bias)
     dx, dw, db = _backward(grads, x, weight, need_x, need_weight, need_bias)
     return dx if need_x else None, dw if need_weight else None, db if need_bias else None

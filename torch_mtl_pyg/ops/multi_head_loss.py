@@ -1,0 +1,409 @@
+r"""All linear heads and all their losses in one pass, with the gradients.
+
+With packed weights :math:`W` ``[K, D]``, logits :math:`Z = X W^\top + b`, and the loss of task :math:`t` the mean over its
+labelled entries :math:`(n, c)`,
+
+.. math::
+    L_t = \frac{1}{\nu_t} \sum_{(n, c)} \ell_t(Z_{nc}, y_{nc}), \qquad
+    G^t_{nc} = \frac{\partial L_t}{\partial Z_{nc}},
+
+:math:`\nu_t` is their number (cross-entropy: the sum of their class weights). With weights :math:`v_t` of the tasks,
+
+.. math::
+    \frac{\partial}{\partial X} \sum_t v_t L_t = \sum_t v_t G^t W_t, \quad
+    \frac{\partial}{\partial W_t} = v_t G^{t\top} X, \quad
+    \frac{\partial}{\partial b_t} = v_t \sum_n G^t_n .
+
+The op computes logits, losses and these gradients over tiles of rows: no ``[N, K]`` tensor is ever made. The weights
+:math:`v_t` must be known for that; they are, for ``total``. Where a backward comes with other weights (through
+``per_task``: learned weights, or weights from the Gramian), the op runs again with those.
+
+The Gramian :math:`\mathcal G_{ij} = \langle G^i W_i, G^j W_j \rangle` needs no ``[T, N, D]`` Jacobian: with
+:math:`S = G^\top G` and :math:`P = W W^\top`, both ``[K, K]``, it is the sum of :math:`S \odot P` over the block of
+tasks :math:`i, j`.
+
+Sums are kept in float32, those of float64 in float64. Results are bitwise equal at any number of threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..labels import check_values, split_labels
+from ..task import TaskLayout
+from . import reference
+from ._dispatch import LIBRARY, autocast_to, is_batched, prepare, records, transformed
+from .loss_table import LossTable, loss_table, total_weight
+
+_NAME = "torch_mtl_pyg::multi_head_loss"
+Labels = Mapping[str, Tensor | None] | Tensor
+Losses = tuple[Tensor, Tensor, Tensor, Tensor | None]
+
+
+def multi_head_loss(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    y: Labels,
+    layout: TaskLayout,
+    gramian: bool = False,
+    outside: Sequence[Tensor] = (),
+) -> Losses:
+    """Computes the losses of all tasks, and prepares their gradients.
+
+    Args:
+        x: Shared embedding ``[N, D]``, any strides. float32, float64, bfloat16 or float16.
+        weight: Packed weights ``[K, D]``, of the dtype and device of ``x``.
+        bias: Packed biases ``[K]``, or None.
+        y: Labels: ``[N, T]``, or a dict; see :func:`torch_mtl_pyg.labels.split_labels`.
+        layout: The tasks. Those with a callable as loss get 0 here.
+        gramian: Whether to compute the Gramian.
+        outside: For the Gramian: ``[N, C_t]`` gradients at the logits of the tasks with a callable, in order.
+
+    Returns:
+        Losses ``[T]``, their weighted sum, the number of labels ``[T]`` (int64), and the Gramian ``[T, T]`` or None.
+
+    Raises:
+        TypeError: An argument is no dense tensor of a supported dtype, or the dtypes differ.
+        ValueError: Shapes or devices do not fit, or labels are out of range (:class:`torch_mtl_pyg.labels.LabelError`,
+            also an IndexError).
+        RuntimeError: The backend is ``"fused"``, and it cannot run here.
+    """
+    x, weight, bias, fused = prepare(x, weight, bias)
+    if not fused:
+        return _reference(x, weight, bias, y, layout, gramian, outside)
+    if torch.compiler.is_compiling() or x.device.type != "cpu":
+        targets = _filled(split_labels(y, layout, x), x)
+        results = _call_op(x, weight, bias, targets, layout, gramian, outside)
+    else:
+        targets = _targets(y, layout, x)
+        try:
+            if records(x, weight, bias):
+                results = _MultiHeadLoss.apply(x, weight, bias, targets, layout, gramian, outside)  # type: ignore[no-untyped-call]
+            else:
+                table = loss_table(layout, bool(outside))
+                results = _forward(x, weight, bias, [*targets, *outside], table, table.weight, False, False, False, gramian)
+        except (RuntimeError, TypeError):
+            _explain(y, layout, x)
+            raise
+    per_task, total, count, product = results[:4]
+    return per_task, total, count, product if gramian else None
+
+
+def register() -> None:
+    """Registers shapes, derivatives and autocast for direct calls of the op, torch.compile and export."""
+    global _op
+    _op = torch.ops.torch_mtl_pyg.multi_head_loss.default
+    LIBRARY.impl("multi_head_loss", _meta, "Meta")
+    torch.library.register_autograd(_NAME, _backward_of_op, setup_context=_save_for_op)
+    for key in ("AutocastCPU", "AutocastCUDA"):
+        LIBRARY.impl("multi_head_loss", _autocast(key), key)
+
+
+# The loaded op, looked up once.
+_op: Any = None
+
+
+# ---- Labels.
+
+
+def _targets(y: Labels, layout: TaskLayout, x: Tensor) -> list[Tensor]:
+    """Labels as the op takes them: one matrix, or one tensor per task. The op itself checks them."""
+    if isinstance(y, Tensor):
+        return [y]
+    if isinstance(y, dict) and len(y) == len(layout.names):
+        try:
+            parts = [y[name] for name in layout.names]
+        except KeyError:
+            parts = [None]
+        if not any(part is None for part in parts):
+            return parts  # type: ignore[return-value]
+    return _filled(split_labels(y, layout, x), x)
+
+
+def _filled(parts: Sequence[Tensor | None], x: Tensor) -> list[Tensor]:
+    nothing = torch.empty(0, dtype=torch.float32, device=x.device)
+    return [nothing if part is None else part for part in parts]
+
+
+def _explain(y: Labels, layout: TaskLayout, x: Tensor) -> None:
+    """Raises the precise error for labels that the op refused."""
+    parts = split_labels(y, layout, x)
+    for (name, task), part in zip(layout.tasks.items(), parts, strict=True):
+        if part is not None:
+            check_values(name, task, part)
+
+
+# ---- The compiled op.
+
+
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: list[Tensor],
+    table: LossTable,
+    task_weight: Tensor,
+    need_x: bool,
+    need_weight: bool,
+    need_bias: bool,
+    gramian: bool,
+) -> tuple[Tensor, ...]:
+    with torch._C._AutoDispatchBelowAutograd():
+        results: tuple[Tensor, ...] = _op(
+            x, weight, bias, targets, table.integers, table.reals, task_weight, need_x, need_weight, need_bias, gramian
+        )
+    return results
+
+
+class _MultiHeadLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: list[Tensor],
+        layout: TaskLayout,
+        gramian: bool,
+        outside: Sequence[Tensor],
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        needs = ctx.needs_input_grad[:3]
+        # Gradients for the tasks' own weights, at once: the backward of `total` finds them ready. Not with the Gramian,
+        # after which other weights come; and not in float16, where a loss scale must come before the rounding.
+        ready = not gramian and x.dtype != torch.float16
+        table = loss_table(layout, bool(outside))
+        per_task, total, count, product, *grads = _forward(
+            x, weight, bias, [*targets, *outside], table, table.weight, *(needs if ready else _NOTHING), gramian
+        )
+        ctx.ready = grads if ready else None
+        ctx.layout = layout
+        ctx.save_for_backward(x, weight, bias, *targets)
+        ctx.mark_non_differentiable(count, product)
+        ctx.set_materialize_grads(False)
+        return per_task, total, count, product
+
+    @staticmethod
+    def backward(ctx: Any, of_per_task: Tensor | None, of_total: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        x, weight, bias, *targets = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:3]
+        if of_per_task is None and of_total is None:
+            return (None,) * 7
+        if torch.is_grad_enabled() or transformed() or _any_batched(of_per_task, of_total):
+            return *_plain_gradients(x, weight, bias, targets, ctx.layout, of_per_task, of_total, needs), *_NONE4
+        table = loss_table(ctx.layout)
+        # Given away once: what autograd does with them afterwards, such as adding to them, must not come back.
+        ready, ctx.ready = ctx.ready, None
+        if ready is not None:
+            factor = of_total if of_per_task is None else _common_factor(of_per_task, of_total, table.weight)
+            if factor is not None:
+                if factor.item() != 1.0:
+                    ready = [g * factor.to(g.dtype) if need else g for g, need in zip(ready, needs, strict=True)]
+                return *(g if need else None for g, need in zip(ready, needs, strict=True)), *_NONE4
+        v = _task_weights(of_per_task, of_total, table.weight)
+        grads = _forward(x, weight, bias, targets, table, v, *needs, False)[4:]
+        return *(g if need else None for g, need in zip(grads, needs, strict=True)), *_NONE4
+
+
+_NOTHING = (False, False, False)
+_NONE4 = (None, None, None, None)
+
+
+def _any_batched(*grads: Tensor | None) -> bool:
+    return any(g is not None and is_batched(g) for g in grads)
+
+
+def _task_weights(of_per_task: Tensor | None, of_total: Tensor | None, weight: Tensor) -> Tensor:
+    """The weights ``[T]`` that a gradient of ``per_task`` and ``total`` comes to."""
+    v = None if of_total is None else of_total.double() * weight
+    if of_per_task is None:
+        assert v is not None
+        return v
+    return of_per_task.double() if v is None else of_per_task.double() + v
+
+
+def _common_factor(of_per_task: Tensor, of_total: Tensor | None, weight: Tensor) -> Tensor | None:
+    """The number that makes the tasks' own weights of the weights asked for, if there is one."""
+    v = _task_weights(of_per_task, of_total, weight)
+    largest = weight.argmax()
+    factor = v[largest] / weight[largest]
+    return factor if torch.equal(factor * weight, v) else None
+
+
+# ---- Plain PyTorch.
+
+
+def _reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    y: Labels,
+    layout: TaskLayout,
+    gramian: bool,
+    outside: Sequence[Tensor],
+) -> Losses:
+    labels = split_labels(y, layout, x)
+    if not torch.compiler.is_compiling() and x.device.type != "meta" and not transformed():
+        for (name, task), part in zip(layout.tasks.items(), labels, strict=True):
+            if part is not None:
+                check_values(name, task, part)
+    per_task, count = reference.multi_head_loss(x, weight, bias, labels, layout)
+    total = (per_task * total_weight(layout, per_task)).sum()
+    product = None
+    if gramian:
+        w = reference.wide(weight.detach())
+        gradients = _logit_gradients(x, weight, bias, labels, layout)
+        callables = iter(outside)
+        for name, task in layout.tasks.items():
+            if callable(task.loss) and outside:
+                gradients[:, layout.slices[name]] = next(callables)
+        product = reference.gramian(gradients, w, layout.widths)
+    return per_task, total, count, product
+
+
+def _logit_gradients(
+    x: Tensor, weight: Tensor, bias: Tensor | None, labels: Sequence[Tensor | None], layout: TaskLayout
+) -> Tensor:
+    """``[N, K]``: each task's gradient at its own logits."""
+    with torch.enable_grad():
+        linear = torch.nn.functional.linear(x.detach(), weight.detach(), None if bias is None else bias.detach())
+        logits = reference.wide(linear).requires_grad_()
+        losses, _ = reference.losses_of(logits, labels, layout)
+        (gradients,) = torch.autograd.grad(losses.sum(), logits)
+    return gradients
+
+
+def _plain_gradients(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: list[Tensor],
+    layout: TaskLayout,
+    of_per_task: Tensor | None,
+    of_total: Tensor | None,
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """The gradients in plain PyTorch: differentiable again, or for many weights at once."""
+    labels = _labels_of(targets, layout)
+    wanted = [t for t, need in zip((x, weight, bias), needs, strict=True) if need and t is not None]
+    if torch.is_grad_enabled() and not transformed() and not _any_batched(of_per_task, of_total):
+        per_task, _ = reference.multi_head_loss(x, weight, bias, labels, layout)
+        v = _weights_like(of_per_task, of_total, layout, per_task)
+        given = iter(torch.autograd.grad(per_task, wanted, v, create_graph=True))
+        return [next(given) if need else None for need in needs]
+    gradients = _logit_gradients(x, weight, bias, labels, layout)
+    v = _weights_like(of_per_task, of_total, layout, gradients)
+    columns = torch.repeat_interleave(torch.tensor(layout.widths, device=x.device))
+    # Linear in the weights, with products that have batching rules.
+    scaled = (gradients * v[columns]).to(x.dtype)
+    return list(reference.multi_head_linear_backward((scaled,), x, weight, *needs))
+
+
+def _weights_like(of_per_task: Tensor | None, of_total: Tensor | None, layout: TaskLayout, like: Tensor) -> Tensor:
+    v = None if of_total is None else of_total * total_weight(layout, like)
+    if of_per_task is None:
+        assert v is not None
+        return v
+    return of_per_task if v is None else of_per_task + v
+
+
+def _labels_of(targets: list[Tensor], layout: TaskLayout) -> list[Tensor | None]:
+    if len(targets) == 1 and (targets[0].dim() == 2 and targets[0].shape[1] == len(layout.names) > 1):
+        return list(targets[0].unbind(1))
+    if len(layout.names) == 1:
+        return [targets[0]]
+    return [t if t.numel() or t.dim() > 1 else None for t in targets]
+
+
+# ---- What PyTorch knows of the op.
+
+
+def _call_op(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: list[Tensor],
+    layout: TaskLayout,
+    gramian: bool,
+    outside: Sequence[Tensor],
+) -> tuple[Tensor, ...]:
+    """Through the dispatcher, where gradients are those registered below."""
+    table = loss_table(layout, bool(outside))
+    ready = torch.is_grad_enabled() and not gramian and x.dtype != torch.float16
+    needs = [ready and t is not None and t.requires_grad for t in (x, weight, bias)]
+    results: tuple[Tensor, ...] = torch.ops.torch_mtl_pyg.multi_head_loss(
+        x, weight, bias, [*targets, *outside], table.integers, table.reals, table.weight, *needs, gramian
+    )
+    return results
+
+
+def _meta(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: list[Tensor],
+    integers: Tensor,
+    reals: Tensor,
+    task_weight: Tensor,
+    need_x: bool,
+    need_weight: bool,
+    need_bias: bool,
+    need_gramian: bool,
+) -> tuple[Tensor, ...]:
+    tasks = integers.shape[0]
+    acc = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return (
+        x.new_empty(tasks, dtype=acc),
+        x.new_empty((), dtype=acc),
+        x.new_empty(tasks, dtype=torch.int64),
+        x.new_empty((tasks, tasks) if need_gramian else (0,), dtype=acc),
+        x.new_empty(x.shape if need_x else (0,)),
+        x.new_empty(weight.shape if need_weight else (0,)),
+        x.new_empty(weight.shape[:1] if need_bias else (0,)),
+    )
+
+
+def _save_for_op(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    x, weight, bias, targets, integers, reals, task_weight, *ctx.computed = inputs
+    ctx.count = len(targets)
+    ctx.save_for_backward(x, weight, bias, integers, reals, task_weight, *output[4:], *targets)
+    ctx.set_materialize_grads(False)
+
+
+def _backward_of_op(ctx: Any, of_per_task: Tensor | None, of_total: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    x, weight, bias, integers, reals, task_weight, *rest = ctx.saved_tensors
+    ready, targets = rest[:3], rest[3:]
+    needs = [bool(need) for need in ctx.needs_input_grad[:3]]
+    grads: Sequence[Tensor]
+    if of_per_task is None and of_total is None:
+        grads, needs = ready, [False] * 3
+    elif of_per_task is None and all(c or not need for c, need in zip(ctx.computed, needs, strict=False)):
+        assert of_total is not None
+        grads = [g * of_total.to(g.dtype) if need else g for g, need in zip(ready, needs, strict=True)]
+    else:
+        v = _task_weights(of_per_task, of_total, task_weight)
+        grads = torch.ops.torch_mtl_pyg.multi_head_loss(
+            x, weight, bias, targets, integers, reals, v, *needs, False
+        )[4:]
+    return (
+        *(g if need else None for g, need in zip(grads, needs, strict=True)),
+        [None] * ctx.count,
+        *((None,) * 7),
+    )  # fmt: skip
+
+
+def _autocast(key: str) -> Any:
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+    def cast(x: Tensor, weight: Tensor, bias: Tensor | None, *others: Any) -> tuple[Tensor, ...]:
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            results: tuple[Tensor, ...] = torch.ops.torch_mtl_pyg.multi_head_loss(
+                *autocast_to(x.device.type, x, weight, bias), *others
+            )
+        return results
+
+    return cast
