@@ -8,6 +8,7 @@
 #include <stdint.h>
 
 #include "../common/dtype.h"
+#include "../common/losses.h"
 
 namespace mtl {
 
@@ -21,6 +22,31 @@ struct Matrix {
     const int64_t offset = (row0 * row_stride + col0 * col_stride) * element_bytes(type);
     return {static_cast<const char*>(data) + offset, row1 - row0, col1 - col0, row_stride, col_stride};
   }
+};
+
+// ---- Heads and losses by tiles of rows. The columns of the logits are worked on in groups of whole tasks.
+struct LossGroup {
+  int64_t first_task, last_task;  // [first, last)
+  int64_t begin, end;             // columns
+  const void* logit_panels;       // panels of W^T [D, columns]
+  const void* weight_panels;      // panels of W [columns, D], for dX
+  const void* bias;               // accumulators, padded to whole panels
+};
+struct LossJob {
+  int64_t k, d, tile_rows, widest_group;
+  const TaskSpec* tasks;
+  const double* scale;  // factor of each task's gradient: its weight over its norm
+  const LossGroup* groups;
+  int64_t group_count;
+  bool x_in_place;  // columns of x are contiguous
+  bool need_x, need_weight, need_bias, need_gramian;
+};
+// Sums over the rows of one slice, accumulators but for the losses.
+struct LossSums {
+  double* loss;  // [T]
+  void* weight;  // [K, D]
+  void* bias;    // [K]
+  void* gram;    // [K, K]: on and above the diagonal
 };
 
 struct Kernels {
@@ -50,6 +76,10 @@ struct Kernels {
   // ---- out[i] = parts[0][i] + parts[1][i] + ... in this order, for i in [begin, end); out has elements of `type`.
   void (*sum_parts)(DType type, const void* parts, int64_t part_count, int64_t part_stride, int64_t begin, int64_t end,
                     void* out);
+  // ---- One tile of rows of the heads with losses. row: of the labels; dx: the tile's part of the output.
+  int64_t (*loss_scratch_bytes)(DType type, const LossJob& job);
+  void (*loss_tile)(DType type, const LossJob& job, const Matrix& x, int64_t row, const LossSums& sums, void* dx,
+                    void* scratch);
   // ---- out[i] = accumulator of in[i * stride], for i in [0, n).
   void (*widen)(DType type, const void* in, int64_t n, int64_t stride, void* out);
 };

@@ -17,6 +17,10 @@ namespace {
 #include "convert.h"
 #include "microkernel.h"
 #include "products.h"
+#include "vector_math.h"
+#include "labels.h"
+#include "losses.h"
+#include "loss_tile.h"
 
 // ---- The table: every function takes the stored type at run time.
 template <class F>
@@ -93,8 +97,33 @@ static void widen_all(DType type, const void* in, int64_t n, int64_t stride, voi
   });
 }
 
-constexpr Kernels kTable{MTL_ISA_NAME, panels_bytes,        panel_count, pack_panels, rows_scratch_bytes, rows,
-                         kOuterRows,   outer_scratch_bytes, outer,       sum_parts,   widen_all};
+static int64_t loss_scratch_bytes(DType type, const LossJob& job) {
+  return with_type(type, [&](auto in) {
+    using In = decltype(in);
+    return LossScratch<typename ArithmeticOf<In>::type, In>(job, nullptr).bytes;
+  });
+}
+static void loss_tile(DType type, const LossJob& job, const Matrix& x, int64_t row, const LossSums& sums, void* dx,
+                      void* scratch) {
+  with_type(type, [&](auto in) {
+    using In = decltype(in);
+    loss_tile_as<typename ArithmeticOf<In>::type, In>(job, x, row, sums, dx, scratch);
+  });
+}
+
+constexpr Kernels kTable{MTL_ISA_NAME,
+                         panels_bytes,
+                         panel_count,
+                         pack_panels,
+                         rows_scratch_bytes,
+                         rows,
+                         kOuterRows,
+                         outer_scratch_bytes,
+                         outer,
+                         sum_parts,
+                         loss_scratch_bytes,
+                         loss_tile,
+                         widen_all};
 
 }  // namespace
 }  // namespace mtl

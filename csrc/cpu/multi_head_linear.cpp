@@ -15,32 +15,13 @@
 #include "../common/checks.h"
 #include "buffer.h"
 #include "columns.h"
+#include "host.h"
 #include "isa.h"
 
 namespace mtl {
 namespace {
 
 using torch::stable::parallel_for;
-
-// Multiply-adds that pay for waking a thread (about 10 microseconds of work).
-constexpr int64_t kThreadWork = 1 << 19;
-int64_t grain(int64_t work_per_item) { return std::max<int64_t>(1, kThreadWork / std::max<int64_t>(1, work_per_item)); }
-
-Matrix matrix(const Tensor& t) { return {t.const_data_ptr(), t.size(0), t.size(1), t.stride(0), t.stride(1)}; }
-Matrix transposed(const Matrix& m) { return {m.data, m.cols, m.rows, m.col_stride, m.row_stride}; }
-
-Tensor empty(const Tensor& like, std::vector<int64_t> sizes) {
-  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size()));
-}
-
-Buffer pack(const Kernels& k, DType type, const Matrix& b) {
-  Buffer panels = make_buffer(k.panels_bytes(type, b.rows, b.cols));
-  const int64_t count = k.panel_count(type, b.cols);
-  const int64_t work = b.rows * b.cols / std::max<int64_t>(1, count);
-  parallel_for(0, count, grain(4 * work),
-               [&](int64_t begin, int64_t end) { k.pack_panels(type, b, begin, end, panels.get()); });
-  return panels;
-}
 
 // out = a * b + bias, all rows.
 void multiply(const Kernels& k, DType type, const Columns& a, const Matrix& b, const void* bias, void* out) {

@@ -74,7 +74,7 @@ def task_loss(task: Task, out: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
             label_smoothing=task.label_smoothing,
         )
         return torch.where(norm > 0, total / torch.where(norm > 0, norm, 1.0), 0.0), count
-    y = y.reshape(y.shape[0], -1)
+    y = y.unsqueeze(1) if y.dim() == 1 else y
     present = present.reshape(y.shape)
     target = torch.where(present, y, 0).to(out.dtype)
     if task.loss == "gaussian_nll":

@@ -1,0 +1,339 @@
+// multi_head_loss on the CPU: checks, allocation, sharing out the rows. What happens in a tile of rows is in loss_tile.h.
+//
+//   losses [T], their weighted sum, counts [T], Gramian [T, T], dx [N, D], dW [K, D], db [K]
+//
+// Determinism: the rows are cut into slices that depend on the shape alone, and the parts of the slices are added in
+// order, so every result is bitwise equal whatever the number of threads.
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <cstring>
+#include <tuple>
+#include <vector>
+
+#include "../common/checks.h"
+#include "buffer.h"
+#include "host.h"
+#include "isa.h"
+#include "label_checks.h"
+
+namespace mtl {
+namespace {
+
+using torch::stable::parallel_for;
+
+// ---- The tasks, as the kernels read them.
+struct Tasks {
+  std::vector<TaskSpec> specs;
+  int64_t n = 0, k = 0;
+  bool matrix = false;
+
+  Tasks(const Tensor& integers, const Tensor& reals, const std::vector<Tensor>& targets, int64_t rows, DType type)
+      : n(rows) {
+    STD_TORCH_CHECK(integers.is_cpu() && integers.dim() == 2 && integers.size(1) == 4 && integers.is_contiguous() &&
+                        integers.scalar_type() == ScalarType::Long,
+                    "integers: expected a contiguous CPU tensor [T, 4] of int64");
+    STD_TORCH_CHECK(reals.is_cpu() && reals.dim() == 1 && reals.is_contiguous() && reals.size(0) >= integers.size(0) &&
+                        reals.scalar_type() == ScalarType::Double,
+                    "reals: expected a contiguous CPU vector of at least T float64");
+    const int64_t* row = static_cast<const int64_t*>(integers.const_data_ptr());
+    const double* numbers = static_cast<const double*>(reals.const_data_ptr());
+    const int64_t count = integers.size(0);
+    int64_t outside = 0;
+    specs.resize(count);
+    for (int64_t t = 0; t < count; ++t, row += 4) {
+      TaskSpec& task = specs[t];
+      STD_TORCH_CHECK(row[0] >= 0 && row[0] <= static_cast<int64_t>(Loss::kOutside) && row[1] >= 1 &&
+                          (row[3] < 0 || (row[3] >= count && row[3] + row[1] <= reals.size(0))),
+                      "integers: expected a kind, a width of at least 1, a label and a place in reals in row ", t);
+      task = {static_cast<Loss>(row[0]), k, row[1], row[2], numbers[t], row[3] < 0 ? nullptr : numbers + row[3], 0.0, {}};
+      if (task.numbers)
+        for (int64_t c = 0; c < task.width; ++c) task.numbers_sum += task.numbers[c];
+      outside += task.loss == Loss::kOutside;
+      k += task.width;
+    }
+    const int64_t given = static_cast<int64_t>(targets.size()) - outside;
+    matrix = given == 1 && count > 1;
+    STD_TORCH_CHECK(given == count || matrix, "targets: expected 1 or ", count, " tensors, got ", given);
+    if (matrix)
+      read_matrix(targets[0]);
+    else
+      read_each(targets);
+    auto own = targets.begin() + given;
+    for (TaskSpec& task : specs) {
+      if (task.loss == Loss::kOutside) {
+        STD_TORCH_CHECK(dtype_of(*own, "targets") == type, "targets: expected gradients of the dtype of x");
+        task.labels = own_labels(*own++, task, &task - specs.data(), n);
+      }
+    }
+  }
+
+ private:
+  void read_matrix(const Tensor& y) {
+    const int64_t count = static_cast<int64_t>(specs.size());
+    STD_TORCH_CHECK(y.is_cpu() && y.dim() == 2 && y.size(0) == n && y.size(1) == count,
+                    "targets: expected a CPU matrix [", n, ", ", count, "]");
+    const LabelType type = label_type_of(y);
+    const int64_t bytes = type == LabelType::kFloat64 || type == LabelType::kInt64   ? 8
+                          : type == LabelType::kFloat32 || type == LabelType::kInt32 ? 4
+                          : type == LabelType::kInt8 || type == LabelType::kUInt8 || type == LabelType::kBool ? 1
+                                                                                                             : 2;
+    for (int64_t t = 0; t < count; ++t) {
+      STD_TORCH_CHECK(specs[t].loss == Loss::kNone || specs[t].loss == Loss::kOutside || label_columns(specs[t]) == 1,
+                      "targets: expected a tensor per task, since task ", t, " has several labels a row");
+      specs[t].labels = {static_cast<const char*>(y.const_data_ptr()) + t * y.stride(1) * bytes, type, y.stride(0), 0, 1};
+    }
+  }
+  void read_each(const std::vector<Tensor>& targets) {
+    for (size_t t = 0; t < specs.size(); ++t) {
+      const Tensor& y = targets[t];
+      const bool nothing = y.dim() == 1 && y.size(0) == 0 && n > 0;
+      if (specs[t].loss != Loss::kNone && specs[t].loss != Loss::kOutside && !nothing)
+        specs[t].labels = own_labels(y, specs[t], t, n);
+    }
+  }
+};
+
+// ---- How the rows are shared out, from the shape alone.
+struct Plan {
+  // What one core's second-level cache keeps of a tile, in bytes; sizes of other blocks, in columns and rows.
+  static constexpr int64_t kTileBytes = 352 << 10, kGroupColumns = 384, kMaxRows = 192, kMinRows = 32, kMaxSlices = 32;
+  int64_t n, slices, tile_rows, widest_group = 0;
+  std::vector<LossGroup> groups;
+
+  Plan(const Tasks& tasks, int64_t d, DType type, bool need_weight, bool need_gramian) : n(tasks.n) {
+    const int64_t k = tasks.k, wanted = (k + kGroupColumns - 1) / kGroupColumns, size = (k + wanted - 1) / std::max<int64_t>(1, wanted);
+    LossGroup group{0, 0, 0, 0, nullptr, nullptr, nullptr};
+    for (const TaskSpec& task : tasks.specs) {
+      if (group.end > group.begin && task.begin + task.width - group.begin > size) close(group);
+      ++group.last_task;
+      group.end = task.begin + task.width;
+    }
+    close(group);
+    // Rows of x, dx, packed x and the logits.
+    const int64_t row = accumulator_bytes(type) * (5 * d / 2 + (need_gramian ? 2 * k : widest_group));
+    tile_rows = std::clamp<int64_t>(kTileBytes / row / 16 * 16, kMinRows, kMaxRows);
+    // A slice costs sums of its own, written and read once.
+    const int64_t sums = (need_weight ? k * d : 0) + (need_gramian ? k * k : 0);
+    slices = std::clamp<int64_t>(n / (sums > 65536 ? 256 : 128), 1, kMaxSlices);
+    slices = std::clamp<int64_t>((int64_t(1) << 24) / std::max<int64_t>(1, sums), 1, slices);
+    if (slices > 1 && slices % 2) --slices;  // few threads get equal shares
+    tile_rows = std::max<int64_t>(1, std::min(tile_rows, (n + slices - 1) / slices));
+  }
+  int64_t row(int64_t slice) const { return slice * (n / slices) + std::min(slice, n % slices); }
+
+ private:
+  void close(LossGroup& group) {
+    groups.push_back(group);
+    widest_group = std::max(widest_group, group.end - group.begin);
+    group = {group.last_task, group.last_task, group.end, group.end, nullptr, nullptr, nullptr};
+  }
+};
+
+// Checks all labels, and counts them: the norms must be known before the first gradient.
+std::vector<LabelCount> count_all(const Tasks& tasks, const Plan& plan) {
+  const int64_t count = static_cast<int64_t>(tasks.specs.size());
+  std::vector<LabelCount> sums(plan.slices * count), total(count);
+  parallel_for(0, plan.slices, grain(8 * count * tasks.n / plan.slices), [&](int64_t begin, int64_t end) {
+    for (int64_t slice = begin; slice < end; ++slice)
+      // Some rows of all tasks: those of a matrix lie side by side.
+      for (int64_t r = plan.row(slice); r < plan.row(slice + 1); r += 256)
+        for (int64_t t = 0; t < count; ++t) {
+          const TaskSpec& task = tasks.specs[t];
+          if (task.labels.data == nullptr) continue;
+          const int64_t last = std::min(r + 256, plan.row(slice + 1));
+          with_label_type(task.labels, [&](auto* labels) {
+            if (task.loss == Loss::kNone)
+              refuse_any(task, t, labels, r, last);
+            else
+              count_labels(task, t, labels, r, last, sums[slice * count + t]);
+          });
+        }
+  });
+  for (int64_t slice = 0; slice < plan.slices; ++slice)
+    for (int64_t t = 0; t < count; ++t) {
+      total[t].count += sums[slice * count + t].count;
+      total[t].norm += sums[slice * count + t].norm;
+    }
+  return total;
+}
+
+// G[i, j] = sum over the blocks of S * (W W^T), from S on and above the diagonal.
+template <class T>
+void gramian_of(const Kernels& k, DType type, const std::vector<TaskSpec>& specs, const Matrix& weight, const T* s,
+                T* out) {
+  const int64_t tasks = static_cast<int64_t>(specs.size()), columns = weight.rows;
+  const Buffer panels = pack(k, type, transposed(weight));
+  parallel_for(0, tasks, grain(columns * columns * (weight.cols + 1) / tasks), [&](int64_t begin, int64_t end) {
+    constexpr int64_t kRows = 64;
+    const Buffer scratch = make_buffer(k.rows_scratch_bytes(type)), block = make_buffer(kRows * columns * sizeof(T));
+    std::vector<double> row(tasks);
+    for (int64_t i = begin; i < end; ++i) {
+      std::fill(row.begin(), row.end(), 0.0);
+      const int64_t first = specs[i].begin, last = first + specs[i].width;
+      for (int64_t a0 = first; a0 < last; a0 += kRows) {
+        const int64_t rows = std::min(kRows, last - a0);
+        k.rows(type, weight.part(type, a0, a0 + rows, 0, weight.cols), panels.get(), columns, nullptr, block.get(),
+               columns, scratch.get());
+        for (int64_t a = a0; a < a0 + rows; ++a) {
+          const T *p = static_cast<const T*>(block.get()) + (a - a0) * columns, *q = s + a * columns;
+          for (int64_t j = i; j < tasks; ++j) {
+            double sum = 0;
+            const int64_t from = std::max(a, specs[j].begin);
+            for (int64_t b = from; b < specs[j].begin + specs[j].width; ++b)
+              sum += static_cast<double>(q[b]) * static_cast<double>(p[b]) * (j == i && b > a ? 2 : 1);
+            row[j] += sum;
+          }
+        }
+      }
+      for (int64_t j = i; j < tasks; ++j) out[i * tasks + j] = out[j * tasks + i] = static_cast<T>(row[j]);
+    }
+  });
+}
+
+using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Results multi_head_loss(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                        const std::vector<Tensor>& targets, const Tensor& integers, const Tensor& reals,
+                        const Tensor& task_weight, bool need_x, bool need_weight, bool need_bias, bool need_gramian) {
+  const DType type = dtype_of(x, "x");
+  check_cpu_matrix(x, "x", type);
+  check_cpu_matrix(weight, "weight", type);
+  check_size(weight.size(1), x.size(1), "weight: size of dimension 1");
+  const Kernels& k = kernels();
+  const Matrix xm = matrix(x), w = matrix(weight);
+  const int64_t n = xm.rows, d = xm.cols, columns = w.rows, acc = accumulator_bytes(type);
+  const Tasks tasks(integers, reals, targets, n, type);
+  const int64_t count = static_cast<int64_t>(tasks.specs.size());
+  check_size(columns, tasks.k, "weight: size of dimension 0");
+  STD_TORCH_CHECK(task_weight.is_cpu() && task_weight.dim() == 1 && task_weight.size(0) == count &&
+                      task_weight.is_contiguous() && task_weight.scalar_type() == ScalarType::Double,
+                  "task_weight: expected a contiguous CPU vector [", count, "] of float64");
+  if (bias.has_value()) {
+    STD_TORCH_CHECK(bias->is_cpu() && bias->dim() == 1 && dtype_of(*bias, "bias") == type,
+                    "bias: expected a CPU vector of the dtype of x");
+    check_size(bias->size(0), columns, "bias: size of dimension 0");
+  }
+  Plan plan(tasks, d, type, need_weight, need_gramian);
+  const std::vector<LabelCount> counts = count_all(tasks, plan);
+
+  const ScalarType wide = type == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
+  Tensor per_task = empty(x, {count}, wide), total = empty(x, {}, wide), number = empty(x, {count}, ScalarType::Long);
+  Tensor gram = need_gramian ? empty(x, {count, count}, wide) : empty(x, {0}, wide);
+  Tensor dx = need_x ? empty(x, {n, d}) : empty(x, {0});
+  Tensor dw = need_weight ? empty(x, {columns, d}) : empty(x, {0});
+  Tensor db = need_bias ? empty(x, {columns}) : empty(x, {0});
+
+  // Weights as panels, group by group.
+  const double* v = static_cast<const double*>(task_weight.const_data_ptr());
+  std::vector<double> scale(count);
+  for (int64_t t = 0; t < count; ++t) {
+    const bool outside = tasks.specs[t].loss == Loss::kOutside;
+    scale[t] = outside ? 1.0 : counts[t].norm > 0 ? (need_gramian ? 1.0 : v[t]) / counts[t].norm : 0.0;
+  }
+  std::vector<Buffer> buffers;
+  for (LossGroup& group : plan.groups) {
+    const int64_t width = group.end - group.begin, padded = width + 64;
+    const Matrix rows = w.part(type, group.begin, group.end, 0, d);
+    buffers.push_back(pack(k, type, transposed(rows)));
+    group.logit_panels = buffers.back().get();
+    if (need_x) {
+      buffers.push_back(pack(k, type, rows));
+      group.weight_panels = buffers.back().get();
+    }
+    buffers.push_back(make_buffer(padded * acc));
+    std::memset(buffers.back().get(), 0, padded * acc);
+    group.bias = buffers.back().get();
+    if (bias.has_value()) {
+      const char* from = static_cast<const char*>(bias->const_data_ptr());
+      k.widen(type, from + group.begin * bias->stride(0) * element_bytes(type), width, bias->stride(0),
+              buffers.back().get());
+    }
+  }
+  const LossJob job{columns,
+                    d,
+                    plan.tile_rows,
+                    plan.widest_group,
+                    tasks.specs.data(),
+                    scale.data(),
+                    plan.groups.data(),
+                    static_cast<int64_t>(plan.groups.size()),
+                    xm.col_stride == 1 || d == 1,
+                    need_x,
+                    need_weight,
+                    need_bias,
+                    need_gramian};
+
+  // The sums of a slice: dW, db, S.
+  const int64_t of_weight = need_weight ? columns * d : 0, of_bias = need_bias ? columns : 0;
+  const int64_t part = of_weight + of_bias + (need_gramian ? columns * columns : 0);
+  const bool direct = plan.slices == 1 && element_bytes(type) == acc && !need_gramian;
+  const Buffer parts = direct ? Buffer() : make_buffer(plan.slices * part * acc);
+  std::vector<double> loss(plan.slices * count, 0.0);
+  char* const dx_out = need_x ? static_cast<char*>(dx.mutable_data_ptr()) : nullptr;
+  char* const dw_out = need_weight ? static_cast<char*>(dw.mutable_data_ptr()) : nullptr;
+  char* const db_out = need_bias ? static_cast<char*>(db.mutable_data_ptr()) : nullptr;
+
+  parallel_for(0, plan.slices, grain(n * columns * (d + 8) / plan.slices), [&](int64_t begin, int64_t end) {
+    const Buffer scratch = make_buffer(k.loss_scratch_bytes(type, job));
+    for (int64_t slice = begin; slice < end; ++slice) {
+      char* const own = direct ? nullptr : static_cast<char*>(parts.get()) + slice * part * acc;
+      const LossSums sums{loss.data() + slice * count, direct ? dw_out : own, direct ? db_out : own + of_weight * acc,
+                          direct ? nullptr : own + (of_weight + of_bias) * acc};
+      if (direct) {
+        if (need_weight) std::memset(dw_out, 0, of_weight * acc);
+        if (need_bias) std::memset(db_out, 0, of_bias * acc);
+      } else {
+        std::memset(own, 0, part * acc);
+      }
+      for (int64_t r = plan.row(slice); r < plan.row(slice + 1); r += plan.tile_rows) {
+        const int64_t last = std::min(r + plan.tile_rows, plan.row(slice + 1));
+        k.loss_tile(type, job, xm.part(type, r, last, 0, d), r, sums,
+                    dx_out ? dx_out + r * d * element_bytes(type) : nullptr, scratch.get());
+      }
+    }
+  });
+
+  if (!direct) {
+    const char* from = static_cast<const char*>(parts.get());
+    if (need_weight)
+      parallel_for(0, of_weight, grain(4 * plan.slices),
+                   [&](int64_t begin, int64_t end) { k.sum_parts(type, from, plan.slices, part, begin, end, dw_out); });
+    if (need_bias) k.sum_parts(type, from + of_weight * acc, plan.slices, part, 0, of_bias, db_out);
+  }
+  with_accumulator(type, [&](auto zero) {
+    using T = decltype(zero);
+    T* out = static_cast<T*>(per_task.mutable_data_ptr());
+    int64_t* numbers = static_cast<int64_t*>(number.mutable_data_ptr());
+    double weighted = 0;
+    for (int64_t t = 0; t < count; ++t) {
+      double sum = 0;
+      for (int64_t slice = 0; slice < plan.slices; ++slice) sum += loss[slice * count + t];
+      const bool none = !(counts[t].norm > 0) || tasks.specs[t].loss == Loss::kOutside;
+      const double mean = none ? 0.0 : sum / counts[t].norm;
+      out[t] = static_cast<T>(mean);
+      numbers[t] = tasks.specs[t].loss == Loss::kOutside ? 0 : counts[t].count;
+      weighted += v[t] * mean;
+    }
+    *static_cast<T*>(total.mutable_data_ptr()) = static_cast<T>(weighted);
+    if (need_gramian) {
+      // S of the first slice takes the others' in order.
+      T* s = static_cast<T*>(parts.get()) + of_weight + of_bias;
+      const DType as = sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32;
+      parallel_for(0, columns * columns, grain(4 * plan.slices),
+                   [&](int64_t begin, int64_t end) { k.sum_parts(as, s, plan.slices, part, begin, end, s); });
+      const Buffer copy = make_buffer(columns * d * acc);
+      for (int64_t row = 0; row < columns; ++row) {
+        const Matrix one = w.part(type, row, row + 1, 0, d);
+        k.widen(type, one.data, d, one.col_stride, static_cast<T*>(copy.get()) + row * d);
+      }
+      gramian_of<T>(k, as, tasks.specs, {copy.get(), columns, d, d, 1}, s, static_cast<T*>(gram.mutable_data_ptr()));
+    }
+  });
+  return {per_task, total, number, gram, dx, dw, db};
+}
+
+}  // namespace
+}  // namespace mtl
+
+STABLE_TORCH_LIBRARY_IMPL(torch_mtl_pyg, CPU, m) { m.impl("multi_head_loss", TORCH_BOX(&mtl::multi_head_loss)); }
