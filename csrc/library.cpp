@@ -16,6 +16,7 @@ STABLE_TORCH_LIBRARY(torch_mtl_pyg, m) {
       "task_weight, bool need_x, bool need_weight, bool need_bias, bool need_gramian)"
       " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 
+  m.def("multiply_add_rate(Tensor like, float seconds) -> float");
   m.def("isa() -> str");
   m.def("isas_available() -> str");
   m.def("set_isa(str name) -> ()");

@@ -30,7 +30,8 @@ struct Labels {
 struct TaskSpec {
   Loss loss;
   int64_t begin, width;    // its columns of the packed logits
-  int64_t missing;         // the class that stands for a missing label
+  int64_t missing;         // the number that stands for a missing label, where there is one
+  bool missing_number;     // whether there is one
   double option;           // label smoothing, or Huber's delta
   const double* numbers;   // class weights or positive weights [width], or null
   double numbers_sum;      // of the class weights
@@ -39,11 +40,8 @@ struct TaskSpec {
   bool counts() const { return loss != Loss::kNone && labels.data != nullptr; }
 };
 
-// What a label stands for besides NaN, in labels of integers; and in float labels that could never have this value.
+// The number that stands for a missing label besides NaN: in integer labels, and in float labels of tasks that could
+// never have this value.
 constexpr int64_t kMissing = -100;
-inline int64_t missing_of(const TaskSpec& task) { return task.loss == Loss::kCrossEntropy ? task.missing : kMissing; }
-inline bool floats_have_missing(const TaskSpec& task) {
-  return task.loss == Loss::kCrossEntropy || task.loss == Loss::kBce;
-}
 
 }  // namespace mtl

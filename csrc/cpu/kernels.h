@@ -38,7 +38,8 @@ struct LossJob {
   const double* scale;  // factor of each task's gradient: its weight over its norm
   const LossGroup* groups;
   int64_t group_count;
-  bool x_in_place;  // columns of x are contiguous
+  Labels label_matrix;  // [N, T]; its col_stride is 0 where every task has labels of its own
+  bool x_in_place;      // columns of x are contiguous
   bool need_x, need_weight, need_bias, need_gramian;
 };
 // Sums over the rows of one slice, accumulators but for the losses.
@@ -76,10 +77,17 @@ struct Kernels {
   // ---- out[i] = parts[0][i] + parts[1][i] + ... in this order, for i in [begin, end); out has elements of `type`.
   void (*sum_parts)(DType type, const void* parts, int64_t part_count, int64_t part_stride, int64_t begin, int64_t end,
                     void* out);
+  // ---- Counts the labels of all tasks in the rows [first, last), and the class weights of these (for cross-entropy with
+  // class weights). Returns a task that has a label it cannot have, or -1.
+  int64_t (*count_labels)(const LossJob& job, int64_t task_count, int64_t first, int64_t last, int64_t* count,
+                          double* norm);
   // ---- One tile of rows of the heads with losses. row: of the labels; dx: the tile's part of the output.
   int64_t (*loss_scratch_bytes)(DType type, const LossJob& job);
   void (*loss_tile)(DType type, const LossJob& job, const Matrix& x, int64_t row, const LossSums& sums, void* dx,
                     void* scratch);
+  // ---- The register tile over and over on data in the first-level cache, `repeats` times; returns its multiply-adds.
+  // scratch: 64 KiB of zeros.
+  int64_t (*multiply_adds)(DType type, int64_t repeats, void* scratch);
   // ---- out[i] = accumulator of in[i * stride], for i in [0, n).
   void (*widen)(DType type, const void* in, int64_t n, int64_t stride, void* out);
 };

@@ -110,6 +110,19 @@ static void loss_tile(DType type, const LossJob& job, const Matrix& x, int64_t r
     loss_tile_as<typename ArithmeticOf<In>::type, In>(job, x, row, sums, dx, scratch);
   });
 }
+static int64_t multiply_adds(DType type, int64_t repeats, void* scratch) {
+  return with_type(type, [&](auto in) {
+    using K = typename ArithmeticOf<decltype(in)>::type;
+    constexpr int64_t kSteps = 192, kWidth = 2 * VectorOf<typename K::Acc>::lanes;
+    constexpr int kRows = kMaxRows<K, 2>;
+    auto* a = static_cast<typename K::Element*>(scratch);
+    auto* c = reinterpret_cast<typename K::Acc*>(a + kSteps * (kRows + kWidth));
+    for (int64_t i = 0; i < repeats; ++i)
+      micro_kernel<K, kRows, 2>(kSteps, a, kSteps, 1, a + kSteps * kRows, false, nullptr, c, kWidth,
+                                static_cast<int>(kWidth));
+    return repeats * kSteps * K::depth * kRows * kWidth;
+  });
+}
 
 constexpr Kernels kTable{MTL_ISA_NAME,
                          panels_bytes,
@@ -121,8 +134,10 @@ constexpr Kernels kTable{MTL_ISA_NAME,
                          outer_scratch_bytes,
                          outer,
                          sum_parts,
+                         count_labels_of,
                          loss_scratch_bytes,
                          loss_tile,
+                         multiply_adds,
                          widen_all};
 
 }  // namespace

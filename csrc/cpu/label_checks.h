@@ -1,4 +1,4 @@
-// Turns label tensors into what the kernels read, and checks every value before a kernel does.
+// Turns label tensors into what the kernels read, and explains what is wrong with a label.
 #pragma once
 
 #include <cmath>
@@ -54,68 +54,46 @@ inline Labels own_labels(const Tensor& y, const TaskSpec& task, size_t t, int64_
   return {y.const_data_ptr(), label_type_of(y), y.stride(0), y.dim() == 2 ? y.stride(1) : 0, columns};
 }
 
-// What a slice of rows holds of one task's labels.
-struct LabelCount {
-  int64_t count = 0;
-  double norm = 0;  // cross-entropy: the sum of the class weights of the labels
-};
-
-[[noreturn]] inline void refuse(const TaskSpec& task, int64_t t, int64_t row, double value) {
-  const bool classes = task.loss == Loss::kCrossEntropy;
-  const std::string wanted = classes                          ? "classes in [0, " + std::to_string(task.width) + ")"
-                             : task.loss == Loss::kBce        ? "labels in [0, 1]"
-                             : task.loss == Loss::kPoissonNll ? "finite counts of at least 0"
-                                                              : "finite numbers";
-  STD_TORCH_CHECK(false, "targets: expected ", wanted, " for task ", t, ", got ", value, " in row ", row);
+// Whether a number stands for a missing label: never in bool, and in floats where it could be no label.
+inline bool has_missing_number(Loss loss, LabelType type) {
+  if (type == LabelType::kBool) return false;
+  const bool floating = type == LabelType::kFloat32 || type == LabelType::kFloat64 || type == LabelType::kBFloat16 ||
+                        type == LabelType::kFloat16;
+  return !floating || loss == Loss::kCrossEntropy || loss == Loss::kBce;
 }
 
-// A task without a loss has no labels.
-template <class L>
-inline void refuse_any(const TaskSpec& task, int64_t t, const L* labels, int64_t first, int64_t last) {
-  for (int64_t r = first; r < last; ++r) {
-    const auto v = label_value(labels[r * task.labels.row_stride]);
-    const bool missing = v != v || (LabelTraits<L>::integer && !LabelTraits<L>::boolean && v == decltype(v)(kMissing));
-    STD_TORCH_CHECK(missing, "targets: expected no labels for task ", t, ", which has no loss, got one in row ", r);
+inline bool can_have(const TaskSpec& task, double v) {
+  switch (task.loss) {
+    case Loss::kNone:
+      return false;
+    case Loss::kCrossEntropy:
+      return v >= 0 && v < static_cast<double>(task.width) && std::trunc(v) == v;
+    case Loss::kBce:
+      return v >= 0 && v <= 1;
+    case Loss::kPoissonNll:
+      return v >= 0 && std::isfinite(v);
+    default:
+      return std::isfinite(v);
   }
 }
 
-template <class L>
-inline void count_labels(const TaskSpec& task, int64_t t, const L* labels, int64_t first, int64_t last,
-                         LabelCount& sum) {
-  using V = decltype(label_value(L{}));
-  const bool by_number = has_missing_number<L>(task);
-  const V missing = static_cast<V>(missing_of(task));
-  for (int64_t c = 0; c < task.labels.columns; ++c) {
-    const L* column = labels + c * task.labels.col_stride;
-    int64_t count = 0;
-    double norm = 0;
-    for (int64_t r = first; r < last; ++r) {
-      const V v = label_value(column[r * task.labels.row_stride]);
-      if (v != v || (by_number && v == missing)) continue;
-      ++count;
-      bool good;
-      switch (task.loss) {
-        case Loss::kCrossEntropy:
-          good = v >= V(0) && v < static_cast<V>(task.width) && static_cast<V>(static_cast<int64_t>(v)) == v;
-          if (good && task.numbers) norm += task.numbers[static_cast<int64_t>(v)];
-          break;
-        case Loss::kBce:
-          good = v >= V(0) && v <= V(1);
-          break;
-        case Loss::kPoissonNll:
-          good = v >= V(0) && std::isfinite(static_cast<double>(v));
-          break;
-        case Loss::kOutside:
-          good = true;
-          break;
-        default:
-          good = std::isfinite(static_cast<double>(v));
-      }
-      if (!good) refuse(task, t, r, static_cast<double>(v));
+// Finds the label that the task cannot have, and says so.
+[[noreturn]] inline void refuse_label(const TaskSpec& task, int64_t t, int64_t n) {
+  for (int64_t c = 0; c < task.labels.columns; ++c)
+    for (int64_t r = 0; r < n; ++r) {
+      double v;
+      with_label_type(task.labels, [&](auto* labels) {
+        v = static_cast<double>(label_value(labels[r * task.labels.row_stride + c * task.labels.col_stride]));
+      });
+      if (v != v || (task.missing_number && v == static_cast<double>(task.missing)) || can_have(task, v)) continue;
+      const std::string wanted = task.loss == Loss::kNone           ? "no labels"
+                                 : task.loss == Loss::kCrossEntropy ? "classes in [0, " + std::to_string(task.width) + ")"
+                                 : task.loss == Loss::kBce          ? "labels in [0, 1]"
+                                 : task.loss == Loss::kPoissonNll   ? "finite counts of at least 0"
+                                                                    : "finite numbers";
+      STD_TORCH_CHECK(false, "targets: expected ", wanted, " for task ", t, ", got ", v, " in row ", r);
     }
-    sum.count += count;
-    sum.norm += task.loss == Loss::kCrossEntropy && task.numbers ? norm : static_cast<double>(count);
-  }
+  STD_TORCH_CHECK(false, "targets: expected other labels for task ", t);
 }
 
 }  // namespace

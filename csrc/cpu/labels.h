@@ -66,27 +66,16 @@ static auto with_label_type(const Labels& labels, F f) {
   }
 }
 
-// Whether labels of the pointer's type stand for "missing" by a number, and not by NaN alone (bool: never).
-template <class L>
-struct LabelTraits {
-  static constexpr bool integer = true, boolean = false;
-};
-template <>
-struct LabelTraits<bool> {
-  static constexpr bool integer = true, boolean = true;
-};
-template <>
-struct LabelTraits<float> {
-  static constexpr bool integer = false, boolean = false;
-};
-template <>
-struct LabelTraits<double> : LabelTraits<float> {};
-template <>
-struct LabelTraits<HalfBitsLabel> : LabelTraits<float> {};
-template <>
-struct LabelTraits<BrainBitsLabel> : LabelTraits<float> {};
-
-template <class L>
-inline bool has_missing_number(const TaskSpec& task) {
-  return LabelTraits<L>::boolean ? false : LabelTraits<L>::integer || floats_have_missing(task);
+// Labels as numbers, transposed: out[t * out_stride + r] for `columns` label columns that lie `step` elements apart. Row by
+// row, so that a row of a matrix of labels is read as it lies.
+template <class T, class L>
+static void gather_labels(const L* labels, int64_t row_stride, int64_t step, int64_t columns, int64_t rows, T* out,
+                          int64_t out_stride) {
+  if (columns == 1) {
+    for (int64_t r = 0; r < rows; ++r) out[r] = static_cast<T>(label_value(labels[r * row_stride]));
+    return;
+  }
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t t = 0; t < columns; ++t)
+      out[t * out_stride + r] = static_cast<T>(label_value(labels[r * row_stride + t * step]));
 }

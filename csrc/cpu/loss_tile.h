@@ -14,6 +14,20 @@ struct Pieces {
   }
 };
 
+// Label columns read at a time: a cache line of a matrix of labels.
+constexpr int64_t kLabelColumns = 8;
+
+// Some label columns of a tile as numbers; rows past the end are missing.
+template <class T>
+static void read_labels(const Labels& labels, int64_t first, int64_t step, int64_t columns, int64_t row, int64_t rows,
+                        int64_t padded, T* out, int64_t stride) {
+  with_label_type(labels, [&](auto* in) {
+    gather_labels<T>(in + row * labels.row_stride + first * step, labels.row_stride, step, columns, rows, out, stride);
+  });
+  for (int64_t c = 0; c < columns; ++c)
+    for (int64_t r = rows; r < padded; ++r) out[c * stride + r] = static_cast<T>(__builtin_nan(""));
+}
+
 template <class K, class In>
 struct LossScratch {
   using E = typename K::Element;
@@ -32,7 +46,7 @@ struct LossScratch {
     Pieces pieces{memory};
     panel = pieces.take<T>(rows * 3 * L);
     z = pieces.take<T>(columns * stride);
-    labels = pieces.take<T>(stride);
+    labels = pieces.take<T>((kLabelColumns + 1) * stride);
     x_rows = pieces.take<E>(kSameElement<K, In> && job.x_in_place ? 0 : rows * elements_d);
     x_panels = pieces.take<E>(job.need_weight ? panel_at<K>(elements_r, job.d) + elements_r * 3 * L : 0);
     dx = pieces.take<T>(job.need_x && !kSameAccumulator<K, In> ? rows * job.d : 0);
@@ -120,6 +134,37 @@ static void group_logits(const LossJob& job, const LossGroup& group, const typen
     for (int64_t r = rows; r < padded; ++r) z[c * stride + r] = T(0);
 }
 
+// The losses of one group's tasks.
+template <class T>
+static void group_losses(const LossJob& job, const LossGroup& group, int64_t row, int64_t rows, int64_t padded, T* z,
+                         int64_t stride, bool gradient, T* labels, double* loss) {
+  const int64_t step = job.label_matrix.col_stride;
+  for (int64_t t = group.first_task; t < group.last_task; ++t) {
+    const TaskSpec& task = job.tasks[t];
+    T* own = z + (task.begin - group.begin) * stride;
+    const T scale = static_cast<T>(job.scale[t]);
+    // The labels of a matrix are read for several tasks at once, whether these have a loss or not.
+    const int64_t ahead = (t - group.first_task) % kLabelColumns;
+    if (step && ahead == 0)
+      read_labels<T>(job.label_matrix, t, step, min_of(kLabelColumns, group.last_task - t), row, rows, padded,
+                     labels, stride);
+    if (task.loss == Loss::kNone || !task.labels.data) {
+      if (gradient)
+        for (int64_t c = 0; c < task.width; ++c)
+          for (int64_t r = 0; r < padded; ++r) own[c * stride + r] = T(0);
+    } else if (step && task.loss != Loss::kOutside) {
+      loss[t] += task_loss<T>(task, own, stride, padded, scale, gradient, labels + ahead * stride, 0);
+    } else {
+      // Gradients from outside use the buffer too: after the labels read ahead.
+      T* buffer = labels + kLabelColumns * stride;
+      for (int64_t c = 0; c < task.labels.columns; ++c) {
+        read_labels<T>(task.labels, c, task.labels.col_stride, 1, row, rows, padded, buffer, stride);
+        loss[t] += task_loss<T>(task, own, stride, padded, scale, gradient, buffer, c);
+      }
+    }
+  }
+}
+
 // C += G^T X or G W for the panels of all columns of C.
 template <class K>
 static void multiply_panels(int64_t rows, int64_t p, const typename K::Element* a, int64_t a_row, int64_t a_step,
@@ -203,11 +248,7 @@ static void loss_tile_as(const LossJob& job, const Matrix& x, int64_t row, const
     const int64_t columns = group.end - group.begin;
     T* z = s.z + (job.need_gramian ? group.begin * s.stride : 0);
     group_logits<K>(job, group, x_rows, x_row, rows, padded, s.panel, z, s.stride);
-    for (int64_t t = group.first_task; t < group.last_task; ++t) {
-      const TaskSpec& task = job.tasks[t];
-      sums.loss[t] += task_loss<T>(task, z + (task.begin - group.begin) * s.stride, s.stride, row, rows, padded,
-                                   static_cast<T>(job.scale[t]), gradient, s.labels);
-    }
+    group_losses<T>(job, group, row, rows, padded, z, s.stride, gradient, s.labels, sums.loss);
     if (job.need_bias) {
       T* db = static_cast<T*>(sums.bias) + group.begin;
       for (int64_t c = 0; c < columns; ++c) db[c] += sum_of_row<T>(z + c * s.stride, padded);
@@ -248,4 +289,36 @@ static void loss_tile_as(const LossJob& job, const Matrix& x, int64_t row, const
       j += width;
     }
   }
+}
+
+// Counts the labels of all tasks in the rows [first, last), for a class-weighted task also the weights of its labels.
+// Returns the first task found that has a label it cannot have, or -1.
+static int64_t count_labels_of(const LossJob& job, int64_t task_count, int64_t first, int64_t last, int64_t* count,
+                               double* norm) {
+  constexpr int64_t kRows = 32;
+  const int64_t step = job.label_matrix.col_stride;
+  double labels[kLabelColumns * kRows];
+  for (int64_t row = first; row < last; row += kRows) {
+    const int64_t rows = min_of(kRows, last - row);
+    for (int64_t t = 0; t < task_count; ++t) {
+      const TaskSpec& task = job.tasks[t];
+      const int64_t ahead = t % kLabelColumns;
+      const bool matrix = step && task.loss != Loss::kOutside;
+      if (step && ahead == 0)
+        read_labels<double>(job.label_matrix, t, step, min_of(kLabelColumns, task_count - t), row, rows, kRows,
+                            labels, kRows);
+      if (!task.labels.data || task.loss == Loss::kOutside) continue;
+      double column[kRows];
+      for (int64_t c = 0; c < task.labels.columns; ++c) {
+        if (!matrix) read_labels<double>(task.labels, c, task.labels.col_stride, 1, row, rows, kRows, column, kRows);
+        const double* y = matrix ? labels + ahead * kRows : column;
+        if (!count_numbers(task, kRows, y, count + t)) return t;
+        if (task.loss == Loss::kCrossEntropy && task.numbers)
+          for (int64_t r = 0; r < rows; ++r)
+            if (y[r] == y[r] && !(task.missing_number && y[r] == static_cast<double>(task.missing)))
+              norm[t] += task.numbers[static_cast<int64_t>(y[r])];
+      }
+    }
+  }
+  return -1;
 }

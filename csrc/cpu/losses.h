@@ -6,34 +6,62 @@
 // Included inside an unnamed namespace by kernels_impl.h.
 #pragma once
 
-// ---- Labels of a tile, as the losses read them.
-// Classes; -1: missing.
-template <class T, class L>
-static void decode_classes(const TaskSpec& task, const L* labels, int64_t row, int64_t rows, int64_t padded,
-                           typename IntOf<T>::type* out) {
-  using V = decltype(label_value(L{}));
-  const L* in = labels + row * task.labels.row_stride;
-  const V missing = static_cast<V>(task.missing);
-  const bool by_number = has_missing_number<L>(task);
-  for (int64_t r = 0; r < rows; ++r) {
-    const V v = label_value(in[r * task.labels.row_stride]);
-    out[r] = static_cast<typename IntOf<T>::type>(v != v || (by_number && v == missing) ? V(-1) : v);
-  }
-  for (int64_t r = rows; r < padded; ++r) out[r] = -1;
+// ---- Labels of a tile, gathered as numbers, become what the losses read, in place. Both come in whole vectors.
+template <class T>
+MTL_INLINE VecInt<T> labelled(const TaskSpec& task, Vec<T> v) {
+  const VecInt<T> number = v == v;
+  return task.missing_number ? number & (v != static_cast<T>(task.missing)) : number;
 }
-// Numbers of label column c; NaN: missing.
-template <class T, class L>
-static void decode_numbers(const TaskSpec& task, const L* labels, int64_t c, int64_t row, int64_t rows, int64_t padded,
-                           T* out) {
-  using V = decltype(label_value(L{}));
-  const T nan = static_cast<T>(__builtin_nan(""));
-  const L* in = labels + row * task.labels.row_stride + c * task.labels.col_stride;
-  const bool by_number = has_missing_number<L>(task);
-  for (int64_t r = 0; r < rows; ++r) {
-    const V v = label_value(in[r * task.labels.row_stride]);
-    out[r] = by_number && v == static_cast<V>(kMissing) ? nan : static_cast<T>(v);
+// Classes; -1: missing.
+template <class T>
+static void as_classes(const TaskSpec& task, int64_t padded, T* labels) {
+  using Int = typename IntOf<T>::type;
+  for (int64_t r = 0; r < padded; r += VectorOf<T>::lanes) {
+    const Vec<T> v = load<T>(labels + r);
+    const VecInt<T> present = labelled<T>(task, v);
+    const VecInt<T> classes = __builtin_convertvector(keep<T>(present, v), VecInt<T>);
+    store<Int>(reinterpret_cast<Int*>(labels + r), classes | ~present);
   }
-  for (int64_t r = rows; r < padded; ++r) out[r] = nan;
+}
+// Numbers; NaN: missing.
+template <class T>
+static void as_numbers(const TaskSpec& task, int64_t padded, T* labels) {
+  if (!task.missing_number) return;
+  for (int64_t r = 0; r < padded; r += VectorOf<T>::lanes) {
+    const Vec<T> v = load<T>(labels + r);
+    store<T>(labels + r, labelled<T>(task, v) ? v : broadcast(static_cast<T>(__builtin_nan(""))));
+  }
+}
+
+// ---- Checks, on labels gathered as float64: adds their number; true if all are what the task can have.
+static bool count_numbers(const TaskSpec& task, int64_t padded, const double* labels, int64_t* count) {
+  constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52: adding it rounds to an integer
+  constexpr double kLargest = 1.7976931348623157e308;
+  VecInt<double> present{}, bad{};
+  for (int64_t r = 0; r < padded; r += VectorOf<double>::lanes) {
+    const Vec<double> v = load<double>(labels + r);
+    const VecInt<double> has = labelled<double>(task, v);
+    VecInt<double> good = absolute<double>(v) <= kLargest;
+    if (task.loss == Loss::kCrossEntropy)
+      good = (v >= 0.0) & (v < static_cast<double>(task.width)) & ((v + kRound) - kRound == v);
+    else if (task.loss == Loss::kBce)
+      good = (v >= 0.0) & (v <= 1.0);
+    else if (task.loss == Loss::kPoissonNll)
+      good = good & (v >= 0.0);
+    else if (task.loss == Loss::kNone)
+      good = VecInt<double>{};
+    else if (task.loss == Loss::kOutside)
+      good = has;
+    present = present - has;
+    bad = bad | (has & ~good);
+  }
+  int64_t any = 0, sum = 0;
+  for (int i = 0; i < VectorOf<double>::lanes; ++i) {
+    any |= bad[i];
+    sum += present[i];
+  }
+  *count += sum;
+  return any == 0;
 }
 
 // ---- Cross-entropy. With class weights w, smoothing e and W = sum of w, of a row with class y:
@@ -88,6 +116,26 @@ static double cross_entropy(const TaskSpec& task, T* z, int64_t stride, int64_t 
       if constexpr (kGeneral) g = g - share * scale * (task.numbers ? static_cast<T>(task.numbers[c]) : T(1));
       store<T>(column + c * stride, keep<T>(present, g));
     }
+  }
+  return sum_lanes<T>(sum);
+}
+
+// Two classes: with the margin m of the own class, softplus(-m), whose slope is -1 / (1 + e^m).
+template <class T>
+static double cross_entropy_of_two(T* z, int64_t stride, int64_t rows, const typename IntOf<T>::type* classes, T scale,
+                                   bool gradient) {
+  using Int = typename IntOf<T>::type;
+  Vec<T> sum{};
+  for (int64_t r = 0; r < rows; r += VectorOf<T>::lanes) {
+    const VecInt<T> y = load<Int>(classes + r), present = y >= Int(0), second = y == Int(1);
+    const Vec<T> d = load<T>(z + stride + r) - load<T>(z + r), m = second ? d : -d;
+    const Vec<T> e = exp_negative(-absolute<T>(m)), zero{};
+    const VecInt<T> right = m >= zero;
+    sum = sum + keep<T>(present, (right ? zero : -m) + log_one_plus(e));
+    if (!gradient) continue;
+    const Vec<T> slope = keep<T>(present, scale * (right ? e : broadcast(T(1))) / (T(1) + e));
+    store<T>(z + r, second ? slope : -slope);
+    store<T>(z + stride + r, second ? -slope : slope);
   }
   return sum_lanes<T>(sum);
 }
@@ -176,33 +224,23 @@ static double gaussian(T* mean, T* log_variance, int64_t rows, const T* targets,
 }
 
 // One task over a tile: returns the sum of its losses; with `gradient`, z becomes scale * d loss / d z.
-// buffer: `padded` numbers for decoded labels.
+// labels: label column c, changed.
 template <class T>
-static double task_loss(const TaskSpec& task, T* z, int64_t stride, int64_t row, int64_t rows, int64_t padded, T scale,
-                        bool gradient, T* buffer) {
-  if (!task.counts()) {
-    if (gradient)
-      for (int64_t c = 0; c < task.width; ++c)
-        for (int64_t r = 0; r < padded; ++r) z[c * stride + r] = T(0);
-    return 0.0;
-  }
+static double task_loss(const TaskSpec& task, T* z, int64_t stride, int64_t padded, T scale, bool gradient, T* labels,
+                        int64_t c) {
   if (task.loss == Loss::kCrossEntropy) {
-    auto* classes = reinterpret_cast<typename IntOf<T>::type*>(buffer);
-    with_label_type(task.labels, [&](auto* labels) { decode_classes<T>(task, labels, row, rows, padded, classes); });
+    as_classes<T>(task, padded, labels);
+    const auto* classes = reinterpret_cast<const typename IntOf<T>::type*>(labels);
     if (task.numbers || task.option > 0)
       return cross_entropy<T, true>(task, z, stride, padded, classes, scale, gradient);
+    if (task.width == 2) return cross_entropy_of_two<T>(z, stride, padded, classes, scale, gradient);
     return cross_entropy<T, false>(task, z, stride, padded, classes, scale, gradient);
   }
-  double sum = 0;
-  for (int64_t c = 0; c < task.labels.columns; ++c) {
-    with_label_type(task.labels, [&](auto* labels) { decode_numbers<T>(task, labels, c, row, rows, padded, buffer); });
-    T* column = z + c * stride;
-    if (task.loss == Loss::kGaussianNll)
-      sum += gaussian<T>(column, column + task.labels.columns * stride, padded, buffer, scale, gradient);
-    else if (task.loss == Loss::kBce)
-      sum += bce<T>(task.numbers ? static_cast<T>(task.numbers[c]) : T(1), column, padded, buffer, scale, gradient);
-    else
-      sum += simple_loss<T>(task, column, padded, buffer, scale, gradient);
-  }
-  return sum;
+  as_numbers<T>(task, padded, labels);
+  T* column = z + c * stride;
+  if (task.loss == Loss::kGaussianNll)
+    return gaussian<T>(column, column + task.labels.columns * stride, padded, labels, scale, gradient);
+  if (task.loss == Loss::kBce)
+    return bce<T>(task.numbers ? static_cast<T>(task.numbers[c]) : T(1), column, padded, labels, scale, gradient);
+  return simple_loss<T>(task, column, padded, labels, scale, gradient);
 }

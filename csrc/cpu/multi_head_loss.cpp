@@ -26,7 +26,7 @@ using torch::stable::parallel_for;
 struct Tasks {
   std::vector<TaskSpec> specs;
   int64_t n = 0, k = 0;
-  bool matrix = false;
+  Labels matrix{};  // its col_stride is 0 where every task has a tensor of its own
 
   Tasks(const Tensor& integers, const Tensor& reals, const std::vector<Tensor>& targets, int64_t rows, DType type)
       : n(rows) {
@@ -46,16 +46,18 @@ struct Tasks {
       STD_TORCH_CHECK(row[0] >= 0 && row[0] <= static_cast<int64_t>(Loss::kOutside) && row[1] >= 1 &&
                           (row[3] < 0 || (row[3] >= count && row[3] + row[1] <= reals.size(0))),
                       "integers: expected a kind, a width of at least 1, a label and a place in reals in row ", t);
-      task = {static_cast<Loss>(row[0]), k, row[1], row[2], numbers[t], row[3] < 0 ? nullptr : numbers + row[3], 0.0, {}};
+      const Loss loss = static_cast<Loss>(row[0]);
+      task = {loss, k, row[1], loss == Loss::kCrossEntropy ? row[2] : kMissing, false, numbers[t],
+              row[3] < 0 ? nullptr : numbers + row[3], 0.0, {}};
       if (task.numbers)
         for (int64_t c = 0; c < task.width; ++c) task.numbers_sum += task.numbers[c];
       outside += task.loss == Loss::kOutside;
       k += task.width;
     }
     const int64_t given = static_cast<int64_t>(targets.size()) - outside;
-    matrix = given == 1 && count > 1;
-    STD_TORCH_CHECK(given == count || matrix, "targets: expected 1 or ", count, " tensors, got ", given);
-    if (matrix)
+    const bool one = given == 1 && count > 1;
+    STD_TORCH_CHECK(given == count || one, "targets: expected 1 or ", count, " tensors, got ", given);
+    if (one)
       read_matrix(targets[0]);
     else
       read_each(targets);
@@ -65,6 +67,7 @@ struct Tasks {
         STD_TORCH_CHECK(dtype_of(*own, "targets") == type, "targets: expected gradients of the dtype of x");
         task.labels = own_labels(*own++, task, &task - specs.data(), n);
       }
+      task.missing_number = task.labels.data && task.loss != Loss::kOutside && has_missing_number(task.loss, task.labels.type);
     }
   }
 
@@ -74,6 +77,7 @@ struct Tasks {
     STD_TORCH_CHECK(y.is_cpu() && y.dim() == 2 && y.size(0) == n && y.size(1) == count,
                     "targets: expected a CPU matrix [", n, ", ", count, "]");
     const LabelType type = label_type_of(y);
+    matrix = {y.const_data_ptr(), type, y.stride(0), y.stride(1), count};
     const int64_t bytes = type == LabelType::kFloat64 || type == LabelType::kInt64   ? 8
                           : type == LabelType::kFloat32 || type == LabelType::kInt32 ? 4
                           : type == LabelType::kInt8 || type == LabelType::kUInt8 || type == LabelType::kBool ? 1
@@ -130,31 +134,32 @@ struct Plan {
   }
 };
 
+// What the labels of a task come to: their number, and what the sum of the losses is divided by.
+struct LabelCount {
+  int64_t count = 0;
+  double norm = 0;
+};
+
 // Checks all labels, and counts them: the norms must be known before the first gradient.
-std::vector<LabelCount> count_all(const Tasks& tasks, const Plan& plan) {
+std::vector<LabelCount> count_all(const Kernels& k, const Tasks& tasks, const Plan& plan, const LossJob& job) {
   const int64_t count = static_cast<int64_t>(tasks.specs.size());
-  std::vector<LabelCount> sums(plan.slices * count), total(count);
-  parallel_for(0, plan.slices, grain(8 * count * tasks.n / plan.slices), [&](int64_t begin, int64_t end) {
-    for (int64_t slice = begin; slice < end; ++slice)
-      // Some rows of all tasks: those of a matrix lie side by side.
-      for (int64_t r = plan.row(slice); r < plan.row(slice + 1); r += 256)
-        for (int64_t t = 0; t < count; ++t) {
-          const TaskSpec& task = tasks.specs[t];
-          if (task.labels.data == nullptr) continue;
-          const int64_t last = std::min(r + 256, plan.row(slice + 1));
-          with_label_type(task.labels, [&](auto* labels) {
-            if (task.loss == Loss::kNone)
-              refuse_any(task, t, labels, r, last);
-            else
-              count_labels(task, t, labels, r, last, sums[slice * count + t]);
-          });
-        }
+  std::vector<int64_t> counts(plan.slices * count, 0), wrong(plan.slices, -1);
+  std::vector<double> norms(plan.slices * count, 0.0);
+  parallel_for(0, plan.slices, grain(16 * count * tasks.n / plan.slices), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      wrong[i] = k.count_labels(job, count, plan.row(i), plan.row(i + 1), &counts[i * count], &norms[i * count]);
   });
-  for (int64_t slice = 0; slice < plan.slices; ++slice)
-    for (int64_t t = 0; t < count; ++t) {
-      total[t].count += sums[slice * count + t].count;
-      total[t].norm += sums[slice * count + t].norm;
+  for (int64_t task : wrong)
+    if (task >= 0) refuse_label(tasks.specs[task], task, tasks.n);
+  std::vector<LabelCount> total(count);
+  for (int64_t t = 0; t < count; ++t) {
+    for (int64_t i = 0; i < plan.slices; ++i) {
+      total[t].count += counts[i * count + t];
+      total[t].norm += norms[i * count + t];
     }
+    const TaskSpec& task = tasks.specs[t];
+    if (task.loss != Loss::kCrossEntropy || !task.numbers) total[t].norm = static_cast<double>(total[t].count);
+  }
   return total;
 }
 
@@ -215,7 +220,22 @@ Results multi_head_loss(const Tensor& x, const Tensor& weight, const std::option
     check_size(bias->size(0), columns, "bias: size of dimension 0");
   }
   Plan plan(tasks, d, type, need_weight, need_gramian);
-  const std::vector<LabelCount> counts = count_all(tasks, plan);
+  std::vector<double> scale(count);
+  const LossJob job{columns,
+              d,
+              plan.tile_rows,
+              plan.widest_group,
+              tasks.specs.data(),
+              scale.data(),
+              plan.groups.data(),
+              static_cast<int64_t>(plan.groups.size()),
+              tasks.matrix,
+              xm.col_stride == 1 || d == 1,
+              need_x,
+              need_weight,
+              need_bias,
+              need_gramian};
+  const std::vector<LabelCount> counts = count_all(k, tasks, plan, job);
 
   const ScalarType wide = type == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
   Tensor per_task = empty(x, {count}, wide), total = empty(x, {}, wide), number = empty(x, {count}, ScalarType::Long);
@@ -226,7 +246,6 @@ Results multi_head_loss(const Tensor& x, const Tensor& weight, const std::option
 
   // Weights as panels, group by group.
   const double* v = static_cast<const double*>(task_weight.const_data_ptr());
-  std::vector<double> scale(count);
   for (int64_t t = 0; t < count; ++t) {
     const bool outside = tasks.specs[t].loss == Loss::kOutside;
     scale[t] = outside ? 1.0 : counts[t].norm > 0 ? (need_gramian ? 1.0 : v[t]) / counts[t].norm : 0.0;
@@ -250,20 +269,6 @@ Results multi_head_loss(const Tensor& x, const Tensor& weight, const std::option
               buffers.back().get());
     }
   }
-  const LossJob job{columns,
-                    d,
-                    plan.tile_rows,
-                    plan.widest_group,
-                    tasks.specs.data(),
-                    scale.data(),
-                    plan.groups.data(),
-                    static_cast<int64_t>(plan.groups.size()),
-                    xm.col_stride == 1 || d == 1,
-                    need_x,
-                    need_weight,
-                    need_bias,
-                    need_gramian};
-
   // The sums of a slice: dW, db, S.
   const int64_t of_weight = need_weight ? columns * d : 0, of_bias = need_bias ? columns : 0;
   const int64_t part = of_weight + of_bias + (need_gramian ? columns * columns : 0);
@@ -309,10 +314,10 @@ Results multi_head_loss(const Tensor& x, const Tensor& weight, const std::option
     for (int64_t t = 0; t < count; ++t) {
       double sum = 0;
       for (int64_t slice = 0; slice < plan.slices; ++slice) sum += loss[slice * count + t];
-      const bool none = !(counts[t].norm > 0) || tasks.specs[t].loss == Loss::kOutside;
+      const bool none = !(counts[t].norm > 0);
       const double mean = none ? 0.0 : sum / counts[t].norm;
       out[t] = static_cast<T>(mean);
-      numbers[t] = tasks.specs[t].loss == Loss::kOutside ? 0 : counts[t].count;
+      numbers[t] = counts[t].count;
       weighted += v[t] * mean;
     }
     *static_cast<T*>(total.mutable_data_ptr()) = static_cast<T>(weighted);
