@@ -75,6 +75,13 @@ static void gather_labels(const L* labels, int64_t row_stride, int64_t step, int
     for (int64_t r = 0; r < rows; ++r) out[r] = static_cast<T>(label_value(labels[r * row_stride]));
     return;
   }
+  if (columns == 8) {
+    for (int64_t r = 0; r < rows; ++r)
+#pragma GCC unroll 8
+      for (int64_t t = 0; t < 8; ++t)
+        out[t * out_stride + r] = static_cast<T>(label_value(labels[r * row_stride + t * step]));
+    return;
+  }
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t t = 0; t < columns; ++t)
       out[t * out_stride + r] = static_cast<T>(label_value(labels[r * row_stride + t * step]));

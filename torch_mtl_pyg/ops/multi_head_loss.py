@@ -32,6 +32,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from ..labels import check_values, split_labels
 from ..task import TaskLayout
@@ -269,7 +270,8 @@ def _logit_gradients(
     x: Tensor, weight: Tensor, bias: Tensor | None, labels: Sequence[Tensor | None], layout: TaskLayout
 ) -> Tensor:
     """``[N, K]``: each task's gradient at its own logits."""
-    with torch.enable_grad():
+    # The transform around a backward is over its weights; what is differentiated here lies outside of it.
+    with temporarily_clear_interpreter_stack(), torch.enable_grad():
         linear = torch.nn.functional.linear(x.detach(), weight.detach(), None if bias is None else bias.detach())
         logits = reference.wide(linear).requires_grad_()
         losses, _ = reference.losses_of(logits, labels, layout)

@@ -81,7 +81,7 @@ def task_loss(task: Task, out: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         mean, log_variance = out.chunk(2, dim=1)
         mean, log_variance = torch.where(present, mean, 0.0), torch.where(present, log_variance, 0.0)
         # F.gaussian_nll_loss clamps the variance v in the value and not in the gradient's path, where d v / d log v = v.
-        low = log_variance.clamp(min=-100.0)
+        low = log_variance.clamp(-100.0, LOG_EPS)
         clamped = LOG_EPS + torch.exp(low - LOG_EPS).detach() * (low - low.detach())
         log_variance = torch.where(log_variance >= LOG_EPS, log_variance, clamped)
         entries = 0.5 * (log_variance + (mean - target).square() * torch.exp(-log_variance))
