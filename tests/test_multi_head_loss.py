@@ -178,10 +178,10 @@ def test_extreme_logits_of_each_loss(any_backend: str, value: float) -> None:
                 losses[1].backward()
                 results.append((losses[0][0].detach().double(), bias.grad.double()))
             (loss, grad), (exact, exact_grad) = results
-            if task.loss == "poisson_nll" and value > 88.8:
-                assert loss.isinf() == bool((signs > 0).any())  # exp overflows in float32
+            if task.loss == "poisson_nll" and value > 88.0:  # exp, or PyTorch's sum of it, overflows in float32
+                assert loss.isinf() == bool((signs > 0).any()) or value < 88.8
                 continue
-            assert loss.isfinite() and grad.isfinite().all()
+            assert loss.isfinite() and grad.isfinite().all(), name
             torch.testing.assert_close(loss, exact, rtol=2e-6, atol=1e-6)
             torch.testing.assert_close(grad, exact_grad, rtol=3e-6, atol=1e-7 if any_backend == "fused" else 1e-3)
 
