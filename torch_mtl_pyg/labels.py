@@ -37,8 +37,13 @@ def label_columns(task: Task) -> int | None:
 def missing_value(task: Task, dtype: torch.dtype) -> int | None:
     """The number that stands for a missing label besides NaN, or None."""
     if task.loss == "cross_entropy":
-        return task.ignore_index
-    return MISSING if dtype in INTEGER or task.loss == "bce" else None
+        value = task.ignore_index
+    elif dtype in INTEGER or task.loss == "bce":
+        value = MISSING
+    else:
+        return None
+    # uint8 holds no -100; a comparison would wrap it to 156.
+    return None if dtype in INTEGER and not torch.iinfo(dtype).min <= value <= torch.iinfo(dtype).max else value
 
 
 def labelled(task: Task, labels: Tensor) -> Tensor:

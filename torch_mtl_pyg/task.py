@@ -95,6 +95,7 @@ class TaskLayout:
         slices: Name to its column slice, read-only.
         total: Sum of the widths, ``K``.
         has_loss: Whether any task has a loss.
+        with_callable: The names of the tasks whose loss is a callable.
 
     Args:
         tasks: Name to :class:`Task`, or to the width alone.
@@ -114,6 +115,7 @@ class TaskLayout:
         self.widths = tuple(task.out_channels for task in self.tasks.values())
         self.total = sum(self.widths)
         self.has_loss = any(task.loss is not None for task in self.tasks.values())
+        self.with_callable = tuple(name for name, task in self.tasks.items() if callable(task.loss))
         ends = [0]
         for width in self.widths:
             ends.append(ends[-1] + width)

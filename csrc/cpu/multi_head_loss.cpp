@@ -92,8 +92,9 @@ struct Tasks {
     for (size_t t = 0; t < specs.size(); ++t) {
       const Tensor& y = targets[t];
       const bool nothing = y.dim() == 1 && y.size(0) == 0 && n > 0;
-      if (specs[t].loss != Loss::kNone && specs[t].loss != Loss::kOutside && !nothing)
-        specs[t].labels = own_labels(y, specs[t], t, n);
+      if (nothing || n == 0 || specs[t].loss == Loss::kOutside) continue;
+      STD_TORCH_CHECK(specs[t].loss != Loss::kNone, "targets: expected no labels for task ", t, ", which has no loss");
+      specs[t].labels = own_labels(y, specs[t], t, n);
     }
   }
 };

@@ -25,7 +25,7 @@ def losses_of_all(
     x: Tensor, weight: Tensor, bias: Tensor | None, y: Labels, layout: TaskLayout, gramian: bool
 ) -> TaskLosses:
     """Every row through every head."""
-    own = [name for name, task in layout.tasks.items() if callable(task.loss)]
+    own = layout.with_callable
     if not own:
         return TaskLosses(layout.names, *multi_head_loss(x, weight, bias, y, layout, gramian))
     labels = dict(zip(layout.names, split_labels(y, layout, x), strict=True))
@@ -36,6 +36,7 @@ def losses_of_all(
         values[name], counts[name] = _callable_loss(name, layout.tasks[name], out, labels[name])
         if gramian:
             gradients.append(_gradient_at(out, values[name]))
+        labels[name] = None
     per_task, total, count, product = multi_head_loss(x, weight, bias, labels, layout, gramian, gradients)
     place = torch.tensor([layout.names.index(name) for name in own], device=per_task.device)
     stacked = torch.stack([values[name] for name in own]).to(per_task.dtype)

@@ -78,7 +78,8 @@ def multi_head_loss(
     if not fused:
         return _reference(x, weight, bias, y, layout, gramian, outside)
     if torch.compiler.is_compiling() or x.device.type != "cpu":
-        targets = _filled(split_labels(y, layout, x), x)
+        parts = split_labels(y, layout, x)
+        targets = [y] if isinstance(y, Tensor) else _filled(parts, x)
         results = _call_op(x, weight, bias, targets, layout, gramian, outside)
     else:
         targets = _targets(y, layout, x)
