@@ -18,7 +18,9 @@ def roundoff(dtype: torch.dtype) -> float:
     return 2.0**-53 if dtype == torch.float64 else 2.0**-24
 
 
-def assert_accurate(got: Tensor, exact: Tensor, magnitude: Tensor, same_dtype: Tensor | None = None) -> None:
+def assert_accurate(
+    got: Tensor, exact: Tensor, magnitude: Tensor, same_dtype: Tensor | None = None, rounded: Tensor | None = None
+) -> None:
     """Checks a result of sums of products.
 
     Args:
@@ -26,11 +28,14 @@ def assert_accurate(got: Tensor, exact: Tensor, magnitude: Tensor, same_dtype: T
         exact: The same in float64.
         magnitude: The sum of the absolute values of the terms, in float64.
         same_dtype: What PyTorch computes in the dtype of ``got``; None: only storing may round it.
+        rounded: The magnitude of the terms that come from an operand rounded to the dtype of ``got`` on the way.
     """
     assert got.shape == exact.shape
     assert torch.isfinite(got).all()
     info = torch.finfo(got.dtype)
     stored = exact.abs() * info.eps / 2 + info.smallest_normal * info.eps / 2
+    if rounded is not None:
+        stored = stored + rounded * info.eps / 2
     error = ((got.double() - exact).abs() - stored).clamp(min=0)
     allowed = ROUNDINGS * roundoff(got.dtype)
     scale = magnitude.clamp(min=1e-300)

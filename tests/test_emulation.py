@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import ISAS, require_fused
 
-OPS = Path(__file__).parent / "test_multi_head_linear.py"
+OPS = [str(Path(__file__).parent / f"test_{op}.py") for op in ("multi_head_linear", "multi_head_loss")]
 
 
 def test_the_instruction_sets_are_those_of_the_cpu() -> None:
@@ -44,7 +44,7 @@ def test_wide_kernels_on_a_narrow_cpu() -> None:
     if "avx512_bf16" in available:
         pytest.skip("this CPU has AVX-512 with bfloat16: the kernels are tested as they are")
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-k", "avx512", str(OPS)],
+        [sys.executable, "-m", "pytest", "-q", "-x", "-k", "avx512", *OPS],
         env={**os.environ, "TORCH_MTL_PYG_EMULATE": "1"},
         capture_output=True,
         text=True,
