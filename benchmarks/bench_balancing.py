@@ -1,4 +1,4 @@
-"""A balanced step through the Gramian of the logit gradients, against a plain step and against TorchJD's ``mtl_backward``.
+"""A balanced step through the Gramian, against a plain step and against TorchJD's ``mtl_backward``.
 
     python benchmarks/bench_balancing.py [--threads 2] [--json FILE]
 
@@ -113,7 +113,8 @@ def main() -> None:
             ]
         )
     print_table(
-        ["shape", "plain", "gramian", "weighting", "mtl_backward", "aggregation", "gramian/plain*", "mtl/gramian*"], rows
+        ["shape", "plain", "gramian", "weighting", "mtl_backward", "aggregation", "gramian/plain*", "mtl/gramian*"],
+        rows,
     )
     print("\n* without the weighting, and for mtl_backward without the whole aggregation of the Jacobian")
     save(args.json, {"settings": head, "results": results})

@@ -2,8 +2,8 @@
 
     python benchmarks/bench_loss.py [--dtype float32] [--threads 2] [--only tox21] [--no-compile] [--json FILE]
 
-One step: logits, the loss of every task, and the gradients of x, weights and biases. Every shape is first checked against
-float64. Peers:
+One step: logits, the loss of every task, and the gradients of x, weights and biases. Every shape is first checked
+against float64. Peers:
 
 - ``list``: a ``ModuleList`` of ``Linear`` and a loop over tasks and losses;
 - ``wide``: one ``Linear`` of all classes, ``split``, and a loop over losses;
@@ -21,7 +21,7 @@ than the mathematics of some shapes, for every peer alike. The benchmark has gli
 from __future__ import annotations
 
 import argparse
-import os
+import copy
 import statistics
 import sys
 import warnings
@@ -29,13 +29,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# glibc reads these when a process starts.
-KEEP = {"MALLOC_MMAP_THRESHOLD_": str(4 << 30), "MALLOC_TRIM_THRESHOLD_": str(8 << 30)}
-if __name__ == "__main__" and "--fresh" not in sys.argv and any(os.environ.get(k) != v for k, v in KEEP.items()):
-    os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEEP})
-
 import torch
-from common import matrix_rate, print_table, save, settings, time_side_by_side
+from common import keep_freed_memory, matrix_rate, print_table, save, settings, time_side_by_side
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -184,8 +179,6 @@ def packed_gradient(model: nn.Module) -> Tensor:
 
 def check(peers: dict[str, nn.Module], x: Tensor, labels: list[Tensor], matrix: Tensor | None) -> None:
     """All agree with float64: loss, gradient of x, gradient of the weights."""
-    import copy
-
     reference = copy.deepcopy(peers["wide"]).double()
     exact_x = x.detach().double().requires_grad_()
     wide_labels = [y.double() if y.is_floating_point() else y for y in labels]
@@ -264,6 +257,8 @@ def main() -> None:
     p.add_argument("--fresh", action="store_true", help="let the allocator give large blocks back at every step")
     p.add_argument("--json", type=Path, help="file for the figures")
     args = p.parse_args()
+    if not args.fresh:
+        keep_freed_memory()
     warnings.simplefilter("ignore")  # torch.compile's own
     torch.set_num_threads(args.threads)
     mtl.use_backend("fused")

@@ -180,7 +180,9 @@ def test_routed_rows(any_backend: str, two_dimensional: bool) -> None:
 
 
 def test_routed_integer_labels(any_backend: str) -> None:
-    heads = mtl.MultiTaskHeads(6, {"a": mtl.Task(4, "cross_entropy"), "b": mtl.Task(3, "cross_entropy", ignore_index=2)})
+    heads = mtl.MultiTaskHeads(
+        6, {"a": mtl.Task(4, "cross_entropy"), "b": mtl.Task(3, "cross_entropy", ignore_index=2)}
+    )
     x, y, idx = torch.randn(30, 6), torch.randint(0, 2, (30,)), torch.randint(0, 2, (30,))
     losses = heads.loss(x, y, task=idx)
     assert losses.count.tolist() == torch.bincount(idx, minlength=2).tolist()
@@ -387,7 +389,9 @@ def test_labels_of_several_columns_need_a_dict(any_backend: str) -> None:
 
 def test_poisson_counts_and_direct_calls(fused: None) -> None:
     heads = mtl.MultiTaskHeads(8, {"n": mtl.Task(2, "poisson_nll")})
-    with pytest.raises(LabelError, match=r"y\['n'\]: expected finite counts of at least 0.*got -1.0 in row 0, column 1"):
+    with pytest.raises(
+        LabelError, match=r"y\['n'\]: expected finite counts of at least 0.*got -1.0 in row 0, column 1"
+    ):
         heads.loss(torch.randn(1, 8), {"n": torch.tensor([[1.0, -1.0]])})
     from torch_mtl_pyg.ops.loss_table import loss_table
 

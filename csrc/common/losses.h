@@ -29,12 +29,12 @@ struct Labels {
 
 struct TaskSpec {
   Loss loss;
-  int64_t begin, width;    // its columns of the packed logits
-  int64_t missing;         // the number that stands for a missing label, where there is one
-  bool missing_number;     // whether there is one
-  double option;           // label smoothing, or Huber's delta
-  const double* numbers;   // class weights or positive weights [width], or null
-  double numbers_sum;      // of the class weights
+  int64_t begin, width;   // its columns of the packed logits
+  int64_t missing;        // the number that stands for a missing label, where there is one
+  bool missing_number;    // whether there is one
+  double option;          // label smoothing, or Huber's delta
+  const double* numbers;  // class weights or positive weights [width], or null
+  double numbers_sum;     // of the class weights
   Labels labels;
 
   bool counts() const { return loss != Loss::kNone && labels.data != nullptr; }

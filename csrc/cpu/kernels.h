@@ -77,8 +77,8 @@ struct Kernels {
   // ---- out[i] = parts[0][i] + parts[1][i] + ... in this order, for i in [begin, end); out has elements of `type`.
   void (*sum_parts)(DType type, const void* parts, int64_t part_count, int64_t part_stride, int64_t begin, int64_t end,
                     void* out);
-  // ---- Counts the labels of all tasks in the rows [first, last), and the class weights of these (for cross-entropy with
-  // class weights). Returns a task that has a label it cannot have, or -1.
+  // ---- Counts the labels of all tasks in the rows [first, last), and the class weights of these (for cross-entropy
+  // with class weights). Returns a task that has a label it cannot have, or -1.
   int64_t (*count_labels)(const LossJob& job, int64_t task_count, int64_t first, int64_t last, int64_t* count,
                           double* norm);
   // ---- One tile of rows of the heads with losses. row: of the labels; dx: the tile's part of the output.

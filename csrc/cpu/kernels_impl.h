@@ -124,21 +124,10 @@ static int64_t multiply_adds(DType type, int64_t repeats, void* scratch) {
   });
 }
 
-constexpr Kernels kTable{MTL_ISA_NAME,
-                         panels_bytes,
-                         panel_count,
-                         pack_panels,
-                         rows_scratch_bytes,
-                         rows,
-                         kOuterRows,
-                         outer_scratch_bytes,
-                         outer,
-                         sum_parts,
-                         count_labels_of,
-                         loss_scratch_bytes,
-                         loss_tile,
-                         multiply_adds,
-                         widen_all};
+constexpr Kernels kTable{
+    MTL_ISA_NAME, panels_bytes,        panel_count, pack_panels, rows_scratch_bytes, rows,
+    kOuterRows,   outer_scratch_bytes, outer,       sum_parts,   count_labels_of,    loss_scratch_bytes,
+    loss_tile,    multiply_adds,       widen_all};
 
 }  // namespace
 }  // namespace mtl

@@ -48,8 +48,8 @@ inline int64_t label_columns(const TaskSpec& task) {
 // The labels of task t in a tensor of its own: [N], [N, 1] or [N, columns].
 inline Labels own_labels(const Tensor& y, const TaskSpec& task, size_t t, int64_t n) {
   const int64_t columns = label_columns(task);
-  const bool fits = (y.dim() == 2 && y.size(0) == n && y.size(1) == columns) ||
-                    (y.dim() == 1 && y.size(0) == n && columns == 1);
+  const bool fits =
+      (y.dim() == 2 && y.size(0) == n && y.size(1) == columns) || (y.dim() == 1 && y.size(0) == n && columns == 1);
   STD_TORCH_CHECK(y.is_cpu() && fits, "targets[", t, "]: expected a CPU tensor [", n, ", ", columns, "]");
   return {y.const_data_ptr(), label_type_of(y), y.stride(0), y.dim() == 2 ? y.stride(1) : 0, columns};
 }
@@ -86,11 +86,12 @@ inline bool can_have(const TaskSpec& task, double v) {
         v = static_cast<double>(label_value(labels[r * task.labels.row_stride + c * task.labels.col_stride]));
       });
       if (v != v || (task.missing_number && v == static_cast<double>(task.missing)) || can_have(task, v)) continue;
-      const std::string wanted = task.loss == Loss::kNone           ? "no labels"
-                                 : task.loss == Loss::kCrossEntropy ? "classes in [0, " + std::to_string(task.width) + ")"
-                                 : task.loss == Loss::kBce          ? "labels in [0, 1]"
-                                 : task.loss == Loss::kPoissonNll   ? "finite counts of at least 0"
-                                                                    : "finite numbers";
+      const std::string wanted = task.loss == Loss::kNone ? "no labels"
+                                 : task.loss == Loss::kCrossEntropy
+                                     ? "classes in [0, " + std::to_string(task.width) + ")"
+                                 : task.loss == Loss::kBce        ? "labels in [0, 1]"
+                                 : task.loss == Loss::kPoissonNll ? "finite counts of at least 0"
+                                                                  : "finite numbers";
       STD_TORCH_CHECK(false, "targets: expected ", wanted, " for task ", t, ", got ", v, " in row ", r);
     }
   STD_TORCH_CHECK(false, "targets: expected other labels for task ", t);

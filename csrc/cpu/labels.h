@@ -10,7 +10,8 @@ struct BrainBitsLabel {
   uint16_t bits;
 };
 inline double label_value(HalfBitsLabel v) {
-  const uint64_t sign = static_cast<uint64_t>(v.bits >> 15) << 63, exponent = (v.bits >> 10) & 31, mantissa = v.bits & 1023;
+  const uint64_t sign = static_cast<uint64_t>(v.bits >> 15) << 63, exponent = (v.bits >> 10) & 31,
+                 mantissa = v.bits & 1023;
   uint64_t bits;
   if (exponent == 31) {
     bits = sign | 0x7ff0000000000000u | (mantissa << 42);
@@ -66,8 +67,8 @@ static auto with_label_type(const Labels& labels, F f) {
   }
 }
 
-// Labels as numbers, transposed: out[t * out_stride + r] for `columns` label columns that lie `step` elements apart. Row by
-// row, so that a row of a matrix of labels is read as it lies.
+// Labels as numbers, transposed: out[t * out_stride + r] for `columns` label columns that lie `step` elements apart.
+// Row by row, so that a row of a matrix of labels is read as it lies.
 template <class T, class L>
 static void gather_labels(const L* labels, int64_t row_stride, int64_t step, int64_t columns, int64_t rows, T* out,
                           int64_t out_stride) {

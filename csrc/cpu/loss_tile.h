@@ -1,5 +1,5 @@
-// Everything of one tile of rows while it is in the cache: logits, losses, their gradients at the logits, and from these
-// the parts of dX, dW, db and of the Gramian. Included inside an unnamed namespace by kernels_impl.h.
+// Everything of one tile of rows while it is in the cache: logits, losses, their gradients at the logits, and from
+// these the parts of dX, dW, db and of the Gramian. Included inside an unnamed namespace by kernels_impl.h.
 #pragma once
 
 // Takes pieces of a block of memory; from a null block it only measures.
@@ -61,7 +61,8 @@ struct LossScratch {
 template <class K, int NV>
 static MTL_NOINLINE void multiply_strided(int64_t rows, int64_t elements, const typename K::Element* a, int64_t a_row,
                                           int64_t a_step, const typename K::Element* panel, bool accumulate,
-                                          const typename K::Acc* bias, typename K::Acc* c, int64_t c_stride, int width) {
+                                          const typename K::Acc* bias, typename K::Acc* c, int64_t c_stride,
+                                          int width) {
   const Heights heights(rows, kMaxRows<K, NV>);
   for (int64_t t = 0; t < heights.tiles; ++t) {
     const int64_t i = heights.begin(t), height = heights.begin(t + 1) - i;
@@ -70,8 +71,8 @@ static MTL_NOINLINE void multiply_strided(int64_t rows, int64_t elements, const 
   }
 }
 template <class K>
-MTL_INLINE void multiply_vectors(int vectors, int64_t rows, int64_t elements, const typename K::Element* a, int64_t a_row,
-                                 int64_t a_step, const typename K::Element* panel, bool accumulate,
+MTL_INLINE void multiply_vectors(int vectors, int64_t rows, int64_t elements, const typename K::Element* a,
+                                 int64_t a_row, int64_t a_step, const typename K::Element* panel, bool accumulate,
                                  const typename K::Acc* bias, typename K::Acc* c, int64_t c_stride, int width) {
   if (vectors == 2)
     multiply_strided<K, 2>(rows, elements, a, a_row, a_step, panel, accumulate, bias, c, c_stride, width);
@@ -83,7 +84,8 @@ MTL_INLINE void multiply_vectors(int vectors, int64_t rows, int64_t elements, co
 
 // z[c * stride + r] = in[r * in_stride + c], in blocks of 16-byte vectors.
 template <class T>
-static MTL_NOINLINE void transpose(const T* in, int64_t in_stride, int64_t rows, int64_t columns, T* z, int64_t stride) {
+static MTL_NOINLINE void transpose(const T* in, int64_t in_stride, int64_t rows, int64_t columns, T* z,
+                                   int64_t stride) {
   int64_t r = 0;
   if constexpr (sizeof(T) == 4) {
     typedef Lanes<float, 4>::type V;
@@ -93,7 +95,8 @@ static MTL_NOINLINE void transpose(const T* in, int64_t in_stride, int64_t rows,
       for (int64_t c = 0; c < columns; c += 4) {  // `in` is padded to whole vectors; z is not
         const T* p = in + r * in_stride + c;
         const V a0 = *reinterpret_cast<const U*>(p), a1 = *reinterpret_cast<const U*>(p + in_stride),
-                a2 = *reinterpret_cast<const U*>(p + 2 * in_stride), a3 = *reinterpret_cast<const U*>(p + 3 * in_stride);
+                a2 = *reinterpret_cast<const U*>(p + 2 * in_stride),
+                a3 = *reinterpret_cast<const U*>(p + 3 * in_stride);
         const V b0 = __builtin_shuffle(a0, a1, I{0, 4, 1, 5}), b1 = __builtin_shuffle(a2, a3, I{0, 4, 1, 5});
         const V b2 = __builtin_shuffle(a0, a1, I{2, 6, 3, 7}), b3 = __builtin_shuffle(a2, a3, I{2, 6, 3, 7});
         const V c0 = __builtin_shuffle(b0, b1, I{0, 1, 4, 5}), c1 = __builtin_shuffle(b0, b1, I{2, 3, 6, 7});
@@ -146,8 +149,8 @@ static void group_losses(const LossJob& job, const LossGroup& group, int64_t row
     // The labels of a matrix are read for several tasks at once, whether these have a loss or not.
     const int64_t ahead = (t - group.first_task) % kLabelColumns;
     if (step && ahead == 0)
-      read_labels<T>(job.label_matrix, t, step, min_of(kLabelColumns, group.last_task - t), row, rows, padded,
-                     labels, stride);
+      read_labels<T>(job.label_matrix, t, step, min_of(kLabelColumns, group.last_task - t), row, rows, padded, labels,
+                     stride);
     if (task.loss == Loss::kNone || !task.labels.data) {
       if (gradient)
         for (int64_t c = 0; c < task.width; ++c)
@@ -267,8 +270,9 @@ static void loss_tile_as(const LossJob& job, const Matrix& x, int64_t row, const
       const int64_t elements = ceil_div(rows, K::depth);
       for (int64_t j = 0; j < d;) {
         const int vectors = panel_vectors<T>(d - j);
-        multiply_vectors<K>(vectors, columns, elements, a, s.stride / K::depth, 1, s.x_panels + panel_at<K>(elements, j),
-                            true, nullptr, dw + j, d, static_cast<int>(min_of(vectors * L, d - j)));
+        multiply_vectors<K>(vectors, columns, elements, a, s.stride / K::depth, 1,
+                            s.x_panels + panel_at<K>(elements, j), true, nullptr, dw + j, d,
+                            static_cast<int>(min_of(vectors * L, d - j)));
         j += vectors * L;
       }
     }
@@ -305,8 +309,8 @@ static int64_t count_labels_of(const LossJob& job, int64_t task_count, int64_t f
       const int64_t ahead = t % kLabelColumns;
       const bool matrix = step && task.loss != Loss::kOutside;
       if (step && ahead == 0)
-        read_labels<double>(job.label_matrix, t, step, min_of(kLabelColumns, task_count - t), row, rows, kRows,
-                            labels, kRows);
+        read_labels<double>(job.label_matrix, t, step, min_of(kLabelColumns, task_count - t), row, rows, kRows, labels,
+                            kRows);
       if (!task.labels.data || task.loss == Loss::kOutside) continue;
       double column[kRows];
       for (int64_t c = 0; c < task.labels.columns; ++c) {

@@ -1,6 +1,7 @@
 // The losses of one task over a tile of rows, and their gradients at the logits, in place. The tile is transposed:
 // logit (row r, column c) lies at z[c * stride + r], so that rows fill the vectors whatever the number of classes.
-// Rows come in whole vectors; those past the tile's end have no label. Maths and sources: torch_mtl_pyg/ops/multi_head_loss.py.
+// Rows come in whole vectors; those past the tile's end have no label. Maths and sources:
+// torch_mtl_pyg/ops/multi_head_loss.py.
 //
 // A row without a label adds nothing and gets a gradient of exactly 0, whatever its logits are.
 // Included inside an unnamed namespace by kernels_impl.h.

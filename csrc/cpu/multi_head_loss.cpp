@@ -1,4 +1,5 @@
-// multi_head_loss on the CPU: checks, allocation, sharing out the rows. What happens in a tile of rows is in loss_tile.h.
+// multi_head_loss on the CPU: checks, allocation, sharing out the rows. What happens in a tile of rows is in
+// loss_tile.h.
 //
 //   losses [T], their weighted sum, counts [T], Gramian [T, T], dx [N, D], dW [K, D], db [K]
 //
@@ -47,8 +48,15 @@ struct Tasks {
                           (row[3] < 0 || (row[3] >= count && row[3] + row[1] <= reals.size(0))),
                       "integers: expected a kind, a width of at least 1, a label and a place in reals in row ", t);
       const Loss loss = static_cast<Loss>(row[0]);
-      task = {loss, k, row[1], loss == Loss::kCrossEntropy ? row[2] : kMissing, false, numbers[t],
-              row[3] < 0 ? nullptr : numbers + row[3], 0.0, {}};
+      task = {loss,
+              k,
+              row[1],
+              loss == Loss::kCrossEntropy ? row[2] : kMissing,
+              false,
+              numbers[t],
+              row[3] < 0 ? nullptr : numbers + row[3],
+              0.0,
+              {}};
       if (task.numbers)
         for (int64_t c = 0; c < task.width; ++c) task.numbers_sum += task.numbers[c];
       outside += task.loss == Loss::kOutside;
@@ -67,7 +75,8 @@ struct Tasks {
         STD_TORCH_CHECK(dtype_of(*own, "targets") == type, "targets: expected gradients of the dtype of x");
         task.labels = own_labels(*own++, task, &task - specs.data(), n);
       }
-      task.missing_number = task.labels.data && task.loss != Loss::kOutside && has_missing_number(task.loss, task.labels.type);
+      task.missing_number =
+          task.labels.data && task.loss != Loss::kOutside && has_missing_number(task.loss, task.labels.type);
     }
   }
 
@@ -78,14 +87,15 @@ struct Tasks {
                     "targets: expected a CPU matrix [", n, ", ", count, "]");
     const LabelType type = label_type_of(y);
     matrix = {y.const_data_ptr(), type, y.stride(0), y.stride(1), count};
-    const int64_t bytes = type == LabelType::kFloat64 || type == LabelType::kInt64   ? 8
-                          : type == LabelType::kFloat32 || type == LabelType::kInt32 ? 4
+    const int64_t bytes = type == LabelType::kFloat64 || type == LabelType::kInt64                            ? 8
+                          : type == LabelType::kFloat32 || type == LabelType::kInt32                          ? 4
                           : type == LabelType::kInt8 || type == LabelType::kUInt8 || type == LabelType::kBool ? 1
-                                                                                                             : 2;
+                                                                                                              : 2;
     for (int64_t t = 0; t < count; ++t) {
       STD_TORCH_CHECK(specs[t].loss == Loss::kNone || specs[t].loss == Loss::kOutside || label_columns(specs[t]) == 1,
                       "targets: expected a tensor per task, since task ", t, " has several labels a row");
-      specs[t].labels = {static_cast<const char*>(y.const_data_ptr()) + t * y.stride(1) * bytes, type, y.stride(0), 0, 1};
+      specs[t].labels = {static_cast<const char*>(y.const_data_ptr()) + t * y.stride(1) * bytes, type, y.stride(0), 0,
+                         1};
     }
   }
   void read_each(const std::vector<Tensor>& targets) {
@@ -107,7 +117,8 @@ struct Plan {
   std::vector<LossGroup> groups;
 
   Plan(const Tasks& tasks, int64_t d, DType type, bool need_weight, bool need_gramian) : n(tasks.n) {
-    const int64_t k = tasks.k, wanted = (k + kGroupColumns - 1) / kGroupColumns, size = (k + wanted - 1) / std::max<int64_t>(1, wanted);
+    const int64_t k = tasks.k, wanted = (k + kGroupColumns - 1) / kGroupColumns,
+                  size = (k + wanted - 1) / std::max<int64_t>(1, wanted);
     LossGroup group{0, 0, 0, 0, nullptr, nullptr, nullptr};
     for (const TaskSpec& task : tasks.specs) {
       if (group.end > group.begin && task.begin + task.width - group.begin > size) close(group);
@@ -223,24 +234,24 @@ Results multi_head_loss(const Tensor& x, const Tensor& weight, const std::option
   Plan plan(tasks, d, type, need_weight, need_gramian);
   std::vector<double> scale(count);
   const LossJob job{columns,
-              d,
-              plan.tile_rows,
-              plan.widest_group,
-              tasks.specs.data(),
-              scale.data(),
-              plan.groups.data(),
-              static_cast<int64_t>(plan.groups.size()),
-              tasks.matrix,
-              xm.col_stride == 1 || d == 1,
-              need_x,
-              need_weight,
-              need_bias,
-              need_gramian};
+                    d,
+                    plan.tile_rows,
+                    plan.widest_group,
+                    tasks.specs.data(),
+                    scale.data(),
+                    plan.groups.data(),
+                    static_cast<int64_t>(plan.groups.size()),
+                    tasks.matrix,
+                    xm.col_stride == 1 || d == 1,
+                    need_x,
+                    need_weight,
+                    need_bias,
+                    need_gramian};
   const std::vector<LabelCount> counts = count_all(k, tasks, plan, job);
 
   const ScalarType wide = type == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
-  Tensor per_task = empty(x, {count}, wide), total = empty(x, {}, wide), number = empty(x, {count}, ScalarType::Long);
-  Tensor gram = need_gramian ? empty(x, {count, count}, wide) : empty(x, {0}, wide);
+  Tensor per_task = empty({count}, wide), total = empty({}, wide), number = empty({count}, ScalarType::Long);
+  Tensor gram = need_gramian ? empty({count, count}, wide) : empty({0}, wide);
   Tensor dx = need_x ? empty(x, {n, d}) : empty(x, {0});
   Tensor dw = need_weight ? empty(x, {columns, d}) : empty(x, {0});
   Tensor db = need_bias ? empty(x, {columns}) : empty(x, {0});

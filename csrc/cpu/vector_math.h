@@ -1,6 +1,6 @@
-// exp, log and their kin on vectors. float32: argument reduction and a polynomial (Cephes, S. Moshier), within 2 units in
-// the last place; float64, which serves checks: the C library, lane by lane. NaN comes out as NaN.
-// Included inside an unnamed namespace by kernels_impl.h.
+// exp, log and their kin on vectors. float32: argument reduction and a polynomial (Cephes, S. Moshier), within 2 units
+// in the last place; float64, which serves checks: the C library, lane by lane. NaN comes out as NaN. Included inside
+// an unnamed namespace by kernels_impl.h.
 #pragma once
 
 template <class T>
@@ -112,14 +112,14 @@ MTL_INLINE Vec<float> log_one_plus(Vec<float> e) {
   return log_reduced(large ? (e - 1.0f) * 0.5f : e, large ? broadcast(1.0f) : Vec<float>{});
 }
 
-#define MTL_LANE_BY_LANE(name, expression)                        \
-  MTL_INLINE Vec<double> name(Vec<double> x) {                    \
-    Vec<double> out;                                              \
-    for (int i = 0; i < VectorOf<double>::lanes; ++i) {           \
-      const double v = x[i];                                      \
-      out[i] = expression;                                        \
-    }                                                             \
-    return out;                                                   \
+#define MTL_LANE_BY_LANE(name, expression)              \
+  MTL_INLINE Vec<double> name(Vec<double> x) {          \
+    Vec<double> out;                                    \
+    for (int i = 0; i < VectorOf<double>::lanes; ++i) { \
+      const double v = x[i];                            \
+      out[i] = expression;                              \
+    }                                                   \
+    return out;                                         \
   }
 MTL_LANE_BY_LANE(exp_negative, __builtin_exp(v))
 MTL_LANE_BY_LANE(exp_any, __builtin_exp(v))

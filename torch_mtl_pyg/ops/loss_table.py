@@ -8,7 +8,7 @@ from torch import Tensor
 from ..task import LOSSES, Task, TaskLayout
 
 # Kinds as csrc/common/losses.h numbers them: no loss here, the losses, and gradients that come from outside.
-KIND = {None: 0, **{name: i + 1 for i, name in enumerate(LOSSES)}}
+KIND: dict[str, int] = {name: i + 1 for i, name in enumerate(LOSSES)}
 OUTSIDE = len(LOSSES) + 1
 
 

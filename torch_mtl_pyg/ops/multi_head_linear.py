@@ -100,6 +100,8 @@ def register() -> None:
 # The loaded ops, looked up once: the way through torch.ops costs a microsecond a call.
 _forward_op: Any = None
 _backward_op: Any = None
+
+
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, fused: bool) -> Tensor:
     if not fused:
         return reference.multi_head_linear(x, weight, bias)

@@ -1,7 +1,7 @@
 r"""All linear heads and all their losses in one pass, with the gradients.
 
-With packed weights :math:`W` ``[K, D]``, logits :math:`Z = X W^\top + b`, and the loss of task :math:`t` the mean over its
-labelled entries :math:`(n, c)`,
+With packed weights :math:`W` ``[K, D]``, logits :math:`Z = X W^\top + b`, and the loss of task :math:`t` the mean over
+its labelled entries :math:`(n, c)`,
 
 .. math::
     L_t = \frac{1}{\nu_t} \sum_{(n, c)} \ell_t(Z_{nc}, y_{nc}), \qquad
@@ -37,7 +37,7 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from ..labels import check_values, split_labels
 from ..task import TaskLayout
 from . import reference
-from ._dispatch import LIBRARY, autocast_to, is_batched, prepare, records, transformed
+from ._dispatch import LIBRARY, autocast_to, is_batched, prepare, records, runs_fused, transformed
 from .loss_table import LossTable, loss_table, total_weight
 
 _NAME = "torch_mtl_pyg::multi_head_loss"
@@ -74,24 +74,27 @@ def multi_head_loss(
             also an IndexError).
         RuntimeError: The backend is ``"fused"``, and it cannot run here.
     """
-    x, weight, bias, fused = prepare(x, weight, bias)
-    if not fused:
-        return _reference(x, weight, bias, y, layout, gramian, outside)
-    if torch.compiler.is_compiling() or x.device.type != "cpu":
-        parts = split_labels(y, layout, x)
-        targets = [y] if isinstance(y, Tensor) else _filled(parts, x)
-        results = _call_op(x, weight, bias, targets, layout, gramian, outside)
-    else:
+    if not _is_plain_call(x, weight, bias):
+        x, weight, bias, fused = prepare(x, weight, bias)
+        if not fused:
+            return _reference(x, weight, bias, y, layout, gramian, outside)
+        if torch.compiler.is_compiling() or x.device.type != "cpu":
+            parts = split_labels(y, layout, x)
+            targets = [y] if isinstance(y, Tensor) else _filled(parts, x)
+            results = _call_op(x, weight, bias, targets, layout, gramian, outside)
+            return results[0], results[1], results[2], results[3] if gramian else None
+    try:
         targets = _targets(y, layout, x)
-        try:
-            if records(x, weight, bias):
-                results = _MultiHeadLoss.apply(x, weight, bias, targets, layout, gramian, outside)  # type: ignore[no-untyped-call]
-            else:
-                table = loss_table(layout, bool(outside))
-                results = _forward(x, weight, bias, [*targets, *outside], table, table.weight, False, False, False, gramian)
-        except (RuntimeError, TypeError):
-            _explain(y, layout, x)
-            raise
+        if records(x, weight, bias):
+            results = _MultiHeadLoss.apply(x, weight, bias, targets, layout, gramian, outside)  # type: ignore[no-untyped-call]
+        else:
+            table = loss_table(layout, bool(outside))
+            results = _forward(x, weight, bias, [*targets, *outside], table, table.weight, _NOTHING, gramian)
+    except (RuntimeError, TypeError, ValueError):
+        # The op checks everything, and here the argument is found that it refused.
+        prepare(x, weight, bias)
+        _explain(y, layout, x)
+        raise
     per_task, total, count, product = results[:4]
     return per_task, total, count, product if gramian else None
 
@@ -110,6 +113,21 @@ def register() -> None:
 _op: Any = None
 
 
+def _is_plain_call(x: Any, weight: Any, bias: Any) -> bool:
+    """Whether the op can be called at once: on CPU tensors, compiled, and with nothing around the call."""
+    return (
+        not torch.compiler.is_compiling()
+        and isinstance(x, Tensor)
+        and x.is_cpu
+        and weight.is_cpu
+        and (bias is None or bias.is_cpu)
+        and x.layout is torch.strided
+        and not torch.is_autocast_enabled("cpu")
+        and runs_fused("cpu")
+        and not transformed()
+    )
+
+
 # ---- Labels.
 
 
@@ -123,7 +141,7 @@ def _targets(y: Labels, layout: TaskLayout, x: Tensor) -> list[Tensor]:
         except KeyError:
             parts = [None]
         if not any(part is None for part in parts):
-            return parts  # type: ignore[return-value]
+            return parts
     return _filled(split_labels(y, layout, x), x)
 
 
@@ -150,14 +168,12 @@ def _forward(
     targets: list[Tensor],
     table: LossTable,
     task_weight: Tensor,
-    need_x: bool,
-    need_weight: bool,
-    need_bias: bool,
+    needs: tuple[bool, bool, bool],
     gramian: bool,
 ) -> tuple[Tensor, ...]:
     with torch._C._AutoDispatchBelowAutograd():
         results: tuple[Tensor, ...] = _op(
-            x, weight, bias, targets, table.integers, table.reals, task_weight, need_x, need_weight, need_bias, gramian
+            x, weight, bias, targets, table.integers, table.reals, task_weight, *needs, gramian
         )
     return results
 
@@ -180,7 +196,7 @@ class _MultiHeadLoss(torch.autograd.Function):
         ready = not gramian and x.dtype != torch.float16
         table = loss_table(layout, bool(outside))
         per_task, total, count, product, *grads = _forward(
-            x, weight, bias, [*targets, *outside], table, table.weight, *(needs if ready else _NOTHING), gramian
+            x, weight, bias, [*targets, *outside], table, table.weight, needs if ready else _NOTHING, gramian
         )
         ctx.ready = grads if ready else None
         ctx.layout = layout
@@ -207,7 +223,7 @@ class _MultiHeadLoss(torch.autograd.Function):
                     ready = [g * factor.to(g.dtype) if need else g for g, need in zip(ready, needs, strict=True)]
                 return *(g if need else None for g, need in zip(ready, needs, strict=True)), *_NONE4
         v = _task_weights(of_per_task, of_total, table.weight)
-        grads = _forward(x, weight, bias, targets, table, v, *needs, False)[4:]
+        grads = _forward(x, weight, bias, targets, table, v, needs, False)[4:]
         return *(g if need else None for g, need in zip(grads, needs, strict=True)), *_NONE4
 
 
@@ -389,9 +405,7 @@ def _backward_of_op(ctx: Any, of_per_task: Tensor | None, of_total: Tensor | Non
         grads = [g * of_total.to(g.dtype) if need else g for g, need in zip(ready, needs, strict=True)]
     else:
         v = _task_weights(of_per_task, of_total, task_weight)
-        grads = torch.ops.torch_mtl_pyg.multi_head_loss(
-            x, weight, bias, targets, integers, reals, v, *needs, False
-        )[4:]
+        grads = torch.ops.torch_mtl_pyg.multi_head_loss(x, weight, bias, targets, integers, reals, v, *needs, False)[4:]
     return (
         *(g if need else None for g, need in zip(grads, needs, strict=True)),
         [None] * ctx.count,

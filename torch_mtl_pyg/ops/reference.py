@@ -80,7 +80,7 @@ def task_loss(task: Task, out: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     if task.loss == "gaussian_nll":
         mean, log_variance = out.chunk(2, dim=1)
         mean, log_variance = torch.where(present, mean, 0.0), torch.where(present, log_variance, 0.0)
-        # F.gaussian_nll_loss clamps the variance v in the value and not in the gradient's path, where d v / d log v = v.
+        # F.gaussian_nll_loss clamps the variance v in the value, not in the gradient's path, where d v / d log v = v.
         low = log_variance.clamp(-100.0, LOG_EPS)
         clamped = LOG_EPS + torch.exp(low - LOG_EPS).detach() * (low - low.detach())
         log_variance = torch.where(log_variance >= LOG_EPS, log_variance, clamped)
@@ -109,8 +109,9 @@ def _entries(task: Task, out: Tensor, target: Tensor) -> Tensor:
 
 
 def gramian(logit_gradients: Tensor, weight: Tensor, widths: Sequence[int]) -> Tensor:
-    """``G[i, j] = <g_i W_i, g_j W_j>`` ``[T, T]`` from ``[N, K]`` gradients at the logits: blockwise sums of
-    ``(g^T g) * (W W^T)``.
+    """``G[i, j] = <g_i W_i, g_j W_j>`` ``[T, T]`` from ``[N, K]`` gradients at the logits.
+
+    By blockwise sums of ``(g^T g) * (W W^T)``.
     """
     product = (logit_gradients.t() @ logit_gradients) * (weight @ weight.t())
     task = torch.repeat_interleave(torch.tensor(widths, device=weight.device))
