@@ -81,10 +81,11 @@ struct Kernels {
   // with class weights). Returns a task that has a label it cannot have, or -1.
   int64_t (*count_labels)(const LossJob& job, int64_t task_count, int64_t first, int64_t last, int64_t* count,
                           double* norm);
-  // ---- One tile of rows of the heads with losses. row: of the labels; dx: the tile's part of the output.
+  // ---- One tile of rows of the heads with losses. row: of the labels; next: rows of x that follow for the next tile;
+  // dx: the tile's part of the output.
   int64_t (*loss_scratch_bytes)(DType type, const LossJob& job);
-  void (*loss_tile)(DType type, const LossJob& job, const Matrix& x, int64_t row, const LossSums& sums, void* dx,
-                    void* scratch);
+  void (*loss_tile)(DType type, const LossJob& job, const Matrix& x, int64_t row, int64_t next, const LossSums& sums,
+                    void* dx, void* scratch);
   // ---- The register tile over and over on data in the first-level cache, `repeats` times; returns its multiply-adds.
   // scratch: 64 KiB of zeros.
   int64_t (*multiply_adds)(DType type, int64_t repeats, void* scratch);

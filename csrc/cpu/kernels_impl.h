@@ -103,11 +103,11 @@ static int64_t loss_scratch_bytes(DType type, const LossJob& job) {
     return LossScratch<typename ArithmeticOf<In>::type, In>(job, nullptr).bytes;
   });
 }
-static void loss_tile(DType type, const LossJob& job, const Matrix& x, int64_t row, const LossSums& sums, void* dx,
-                      void* scratch) {
+static void loss_tile(DType type, const LossJob& job, const Matrix& x, int64_t row, int64_t next, const LossSums& sums,
+                      void* dx, void* scratch) {
   with_type(type, [&](auto in) {
     using In = decltype(in);
-    loss_tile_as<typename ArithmeticOf<In>::type, In>(job, x, row, sums, dx, scratch);
+    loss_tile_as<typename ArithmeticOf<In>::type, In>(job, x, row, next, sums, dx, scratch);
   });
 }
 static int64_t multiply_adds(DType type, int64_t repeats, void* scratch) {

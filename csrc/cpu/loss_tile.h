@@ -61,11 +61,12 @@ struct LossScratch {
 template <class K, int NV>
 static MTL_NOINLINE void multiply_strided(int64_t rows, int64_t elements, const typename K::Element* a, int64_t a_row,
                                           int64_t a_step, const typename K::Element* panel, bool accumulate,
-                                          const typename K::Acc* bias, typename K::Acc* c, int64_t c_stride,
-                                          int width) {
+                                          const typename K::Acc* bias, typename K::Acc* c, int64_t c_stride, int width,
+                                          const Ahead& ahead) {
   const Heights heights(rows, kMaxRows<K, NV>);
   for (int64_t t = 0; t < heights.tiles; ++t) {
     const int64_t i = heights.begin(t), height = heights.begin(t + 1) - i;
+    ahead.fetch(i, i + height);
     call_height<K, NV>(static_cast<int>(height), elements, a + i * a_row, a_row, a_step, panel, accumulate, bias,
                        c + i * c_stride, c_stride, width);
   }
@@ -73,13 +74,14 @@ static MTL_NOINLINE void multiply_strided(int64_t rows, int64_t elements, const 
 template <class K>
 MTL_INLINE void multiply_vectors(int vectors, int64_t rows, int64_t elements, const typename K::Element* a,
                                  int64_t a_row, int64_t a_step, const typename K::Element* panel, bool accumulate,
-                                 const typename K::Acc* bias, typename K::Acc* c, int64_t c_stride, int width) {
+                                 const typename K::Acc* bias, typename K::Acc* c, int64_t c_stride, int width,
+                                 const Ahead& ahead = kNothingAhead) {
   if (vectors == 2)
-    multiply_strided<K, 2>(rows, elements, a, a_row, a_step, panel, accumulate, bias, c, c_stride, width);
+    multiply_strided<K, 2>(rows, elements, a, a_row, a_step, panel, accumulate, bias, c, c_stride, width, ahead);
   else if (vectors == 1)
-    multiply_strided<K, 1>(rows, elements, a, a_row, a_step, panel, accumulate, bias, c, c_stride, width);
+    multiply_strided<K, 1>(rows, elements, a, a_row, a_step, panel, accumulate, bias, c, c_stride, width, ahead);
   else
-    multiply_strided<K, 3>(rows, elements, a, a_row, a_step, panel, accumulate, bias, c, c_stride, width);
+    multiply_strided<K, 3>(rows, elements, a, a_row, a_step, panel, accumulate, bias, c, c_stride, width, ahead);
 }
 
 // z[c * stride + r] = in[r * in_stride + c], in blocks of 16-byte vectors.
@@ -112,23 +114,28 @@ static MTL_NOINLINE void transpose(const T* in, int64_t in_stride, int64_t rows,
     for (int64_t c = 0; c < columns; ++c) z[c * stride + r] = in[r * in_stride + c];
 }
 
-// The logits of one group of columns, transposed, with zeros in the rows past the end.
+// The logits of one group of columns, transposed, with zeros in the rows past the end. Each panel asks for its share of
+// the lines of `ahead`.
 template <class K>
 static void group_logits(const LossJob& job, const LossGroup& group, const typename K::Element* x, int64_t x_row,
-                         int64_t rows, int64_t padded, typename K::Acc* panel_out, typename K::Acc* z, int64_t stride) {
+                         int64_t rows, int64_t padded, typename K::Acc* panel_out, typename K::Acc* z, int64_t stride,
+                         Ahead ahead) {
   using E = typename K::Element;
   using T = typename K::Acc;
   constexpr int64_t L = VectorOf<T>::lanes;
   const int64_t columns = group.end - group.begin, all = padded_columns<K>(columns);
+  const int64_t ahead_bytes = ahead.end;
   for (int64_t j = 0; j < columns;) {
     const int vectors = panel_vectors<T>(columns - j);
     const int64_t width = vectors * L;
+    ahead.begin = ahead_bytes * j / columns / 64 * 64;
+    ahead.end = j + width >= columns ? ahead_bytes : ahead_bytes * (j + width) / columns / 64 * 64;
     for (int64_t p0 = 0; p0 < job.d || p0 == 0; p0 += kDepth) {
       const int64_t p1 = min_of(p0 + kDepth, job.d), elements = ceil_div(p1 - p0, K::depth);
       const E* panel = static_cast<const E*>(group.logit_panels) + p0 / K::depth * all + j * elements;
       const T* bias = p1 == job.d ? static_cast<const T*>(group.bias) + j : nullptr;
       multiply_vectors<K>(vectors, rows, elements, x + p0 / K::depth, x_row, 1, panel, p0 > 0, bias, panel_out, width,
-                          static_cast<int>(width));
+                          static_cast<int>(width), p0 == 0 ? ahead : kNothingAhead);
     }
     transpose<T>(panel_out, width, rows, min_of(width, columns - j), z + j * stride, stride);
     j += width;
@@ -218,8 +225,8 @@ MTL_INLINE T sum_of_row(const T* row, int64_t padded) {
 }
 
 template <class K, class In>
-static void loss_tile_as(const LossJob& job, const Matrix& x, int64_t row, const LossSums& sums, void* dx_out,
-                         void* memory) {
+static void loss_tile_as(const LossJob& job, const Matrix& x, int64_t row, int64_t next, const LossSums& sums,
+                         void* dx_out, void* memory) {
   using E = typename K::Element;
   using T = typename K::Acc;
   constexpr int64_t L = VectorOf<T>::lanes;
@@ -244,13 +251,17 @@ static void loss_tile_as(const LossJob& job, const Matrix& x, int64_t row, const
   }
   if (job.need_weight) pack_tile<K, In>(x, s.x_panels);
 
+  Ahead ahead = kNothingAhead;
+  if (x.col_stride == 1 && next)
+    ahead = {reinterpret_cast<const char*>(at<In>(x, rows, 0)), x.row_stride * static_cast<int64_t>(sizeof(In)), next,
+             0, d * static_cast<int64_t>(sizeof(In))};
   T* dx = kSameAccumulator<K, In> ? static_cast<T*>(dx_out) : s.dx;
   const bool gradient = job.need_x || job.need_weight || job.need_bias || job.need_gramian;
   for (int64_t g = 0; g < job.group_count; ++g) {
     const LossGroup& group = job.groups[g];
     const int64_t columns = group.end - group.begin;
     T* z = s.z + (job.need_gramian ? group.begin * s.stride : 0);
-    group_logits<K>(job, group, x_rows, x_row, rows, padded, s.panel, z, s.stride);
+    group_logits<K>(job, group, x_rows, x_row, rows, padded, s.panel, z, s.stride, g == 0 ? ahead : kNothingAhead);
     group_losses<T>(job, group, row, rows, padded, z, s.stride, gradient, s.labels, sums.loss);
     if (job.need_bias) {
       T* db = static_cast<T*>(sums.bias) + group.begin;

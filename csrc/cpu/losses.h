@@ -84,7 +84,7 @@ static double cross_entropy(const TaskSpec& task, T* z, int64_t stride, int64_t 
     Vec<T> largest = load<T>(column), own{};
     for (int64_t c = 0; c < width; ++c) {
       const Vec<T> v = load<T>(column + c * stride);
-      largest = v > largest ? v : largest;
+      largest = larger(v, largest);
       own = y == static_cast<Int>(c) ? v : own;
     }
     Vec<T> total{}, spread{};

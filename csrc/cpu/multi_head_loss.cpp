@@ -305,8 +305,8 @@ Results multi_head_loss(const Tensor& x, const Tensor& weight, const std::option
       }
       for (int64_t r = plan.row(slice); r < plan.row(slice + 1); r += plan.tile_rows) {
         const int64_t last = std::min(r + plan.tile_rows, plan.row(slice + 1));
-        k.loss_tile(type, job, xm.part(type, r, last, 0, d), r, sums,
-                    dx_out ? dx_out + r * d * element_bytes(type) : nullptr, scratch.get());
+        k.loss_tile(type, job, xm.part(type, r, last, 0, d), r, std::min(plan.tile_rows, plan.row(slice + 1) - last),
+                    sums, dx_out ? dx_out + r * d * element_bytes(type) : nullptr, scratch.get());
       }
     }
   });
