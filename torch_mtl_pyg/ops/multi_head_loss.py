@@ -86,10 +86,12 @@ def multi_head_loss(
     try:
         targets = _targets(y, layout, x)
         if records(x, weight, bias):
-            results = _MultiHeadLoss.apply(x, weight, bias, targets, layout, gramian, outside)  # type: ignore[no-untyped-call]
-        else:
-            table = loss_table(layout, bool(outside))
-            results = _forward(x, weight, bias, [*targets, *outside], table, table.weight, _NOTHING, gramian)
+            # Each output of a Function costs microseconds: those without a derivative come by a list.
+            others: list[Tensor] = []
+            per_task, total = _MultiHeadLoss.apply(x, weight, bias, targets, layout, gramian, outside, others)  # type: ignore[no-untyped-call]
+            return per_task, total, others[0], others[1] if gramian else None
+        table = loss_table(layout, bool(outside))
+        results = _forward(x, weight, bias, [*targets, *outside], table, table.weight, _NOTHING, gramian)
     except (RuntimeError, TypeError, ValueError):
         # The op checks everything, and here the argument is found that it refused.
         prepare(x, weight, bias)
@@ -189,30 +191,31 @@ class _MultiHeadLoss(torch.autograd.Function):
         layout: TaskLayout,
         gramian: bool,
         outside: Sequence[Tensor],
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        others: list[Tensor],
+    ) -> tuple[Tensor, Tensor]:
         needs = ctx.needs_input_grad[:3]
         # Gradients for the tasks' own weights, at once: the backward of `total` finds them ready. Not with the Gramian,
         # after which other weights come; and not in float16, where a loss scale must come before the rounding.
         ready = not gramian and x.dtype != torch.float16
         table = loss_table(layout, bool(outside))
-        per_task, total, count, product, *grads = _forward(
+        per_task, total, *results = _forward(
             x, weight, bias, [*targets, *outside], table, table.weight, needs if ready else _NOTHING, gramian
         )
-        ctx.ready = grads if ready else None
+        others += results[:2]
+        ctx.ready = results[2:] if ready else None
         ctx.layout = layout
         ctx.save_for_backward(x, weight, bias, *targets)
-        ctx.mark_non_differentiable(count, product)
         ctx.set_materialize_grads(False)
-        return per_task, total, count, product
+        return per_task, total
 
     @staticmethod
-    def backward(ctx: Any, of_per_task: Tensor | None, of_total: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, of_per_task: Tensor | None, of_total: Tensor | None) -> tuple[Tensor | None, ...]:
         x, weight, bias, *targets = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
         if of_per_task is None and of_total is None:
-            return (None,) * 7
+            return (None,) * 8
         if torch.is_grad_enabled() or transformed() or _any_batched(of_per_task, of_total):
-            return *_plain_gradients(x, weight, bias, targets, ctx.layout, of_per_task, of_total, needs), *_NONE4
+            return *_plain_gradients(x, weight, bias, targets, ctx.layout, of_per_task, of_total, needs), *_REST
         table = loss_table(ctx.layout)
         # Given away once: what autograd does with them afterwards, such as adding to them, must not come back.
         ready, ctx.ready = ctx.ready, None
@@ -221,14 +224,14 @@ class _MultiHeadLoss(torch.autograd.Function):
             if factor is not None:
                 if factor.item() != 1.0:
                     ready = [g * factor.to(g.dtype) if need else g for g, need in zip(ready, needs, strict=True)]
-                return *(g if need else None for g, need in zip(ready, needs, strict=True)), *_NONE4
+                return *(g if need else None for g, need in zip(ready, needs, strict=True)), *_REST
         v = _task_weights(of_per_task, of_total, table.weight)
         grads = _forward(x, weight, bias, targets, table, v, needs, False)[4:]
-        return *(g if need else None for g, need in zip(grads, needs, strict=True)), *_NONE4
+        return *(g if need else None for g, need in zip(grads, needs, strict=True)), *_REST
 
 
 _NOTHING = (False, False, False)
-_NONE4 = (None, None, None, None)
+_REST = (None,) * 5
 
 
 def _any_batched(*grads: Tensor | None) -> bool:
