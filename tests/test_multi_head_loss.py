@@ -249,7 +249,7 @@ def test_bitwise_equal_at_any_number_of_threads(isa: str) -> None:
                 results = []
                 for threads in (1, 2, 3, 5):
                     torch.set_num_threads(threads)
-                    targets = [torch.empty(0) if y is None else y for y in p.labels.values()]
+                    targets = [torch.empty(0, 0, 0) if y is None else y for y in p.labels.values()]
                     arguments = (p.x, p.weight, p.bias, targets, table.integers, table.reals, table.weight)
                     op = torch.ops.torch_mtl_pyg.multi_head_loss
                     results.append((*op(*arguments, True, True, True, False), *op(*arguments, *(False,) * 3, True)))
@@ -354,11 +354,12 @@ def test_opcheck(fused: None, dtype: torch.dtype) -> None:
         p = problem(n, 4, dtype)
         table = loss_table(TaskLayout(p.tasks))
         x, weight, bias = (t.requires_grad_() for t in p[:3])
-        targets = [torch.empty(0) if y is None else y for y in p.labels.values()]
+        targets = [torch.empty(0, 0, 0) if y is None else y for y in p.labels.values()]
         arguments = (x, weight, bias, targets, table.integers, table.reals, table.weight)
         torch.library.opcheck(op, (*arguments, True, True, True, False))
         detached = (x.detach(), weight.detach(), None, *arguments[3:])
-        torch.library.opcheck(op, (*detached, False, True, False, True))
+        torch.library.opcheck(op, (*detached, False, True, False, False))
+        torch.library.opcheck(op, (*detached, False, False, False, True))
 
 
 @pytest.mark.parametrize("dynamic", (False, True))

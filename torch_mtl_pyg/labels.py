@@ -142,6 +142,8 @@ def _split_matrix(y: Tensor, layout: TaskLayout, x: Tensor) -> list[Tensor | Non
         raise ValueError(f"y: expected shape [{x.shape[0]}, {len(names)}], one column per task, got {list(y.shape)}.")
     if y.device != x.device:
         raise ValueError(f"y: expected the device of x, {x.device}, got {y.device}.")
+    if y.requires_grad:
+        raise ValueError("y: expected labels that need no gradient, got one that does; detach it.")
     for name, task in layout.tasks.items():
         columns = label_columns(task)
         if task.loss is not None and columns is not None and columns > 1:
@@ -165,6 +167,8 @@ def _check_part(name: str, task: Task, part: Any, x: Tensor) -> None:
         wanted = f"[{n}] or [{n}, 1]" if columns == 1 else f"[{n}, {columns}]"
         hint = ", one class per row" if task.loss == "cross_entropy" else ""
         raise ValueError(f"y[{name!r}]: expected shape {wanted}{hint}, got {list(shape)}.")
+    if part.requires_grad and not callable(task.loss):
+        raise ValueError(f"y[{name!r}]: expected labels that need no gradient, got one that does; detach it.")
     if part.device != x.device:
         raise ValueError(f"y[{name!r}]: expected the device of x, {x.device}, got {part.device}.")
 

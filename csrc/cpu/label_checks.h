@@ -2,6 +2,8 @@
 #pragma once
 
 #include <cmath>
+#include <sstream>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -62,6 +64,15 @@ inline bool has_missing_number(Loss loss, LabelType type) {
   return !floating || loss == Loss::kCrossEntropy || loss == Loss::kBce;
 }
 
+// A number as labels of this type hold it: rounded to the bits they have.
+inline int64_t rounded_to(LabelType type, int64_t value) {
+  const int bits = type == LabelType::kBFloat16 ? 8 : type == LabelType::kFloat16 ? 11 : 24;
+  if (type != LabelType::kBFloat16 && type != LabelType::kFloat16 && type != LabelType::kFloat32) return value;
+  int exponent = 0;
+  const double fraction = std::frexp(static_cast<double>(value), &exponent);
+  return static_cast<int64_t>(std::ldexp(std::nearbyint(std::ldexp(fraction, bits)), exponent - bits));
+}
+
 inline bool can_have(const TaskSpec& task, double v) {
   switch (task.loss) {
     case Loss::kNone:
@@ -92,7 +103,9 @@ inline bool can_have(const TaskSpec& task, double v) {
                                  : task.loss == Loss::kBce        ? "labels in [0, 1]"
                                  : task.loss == Loss::kPoissonNll ? "finite counts of at least 0"
                                                                   : "finite numbers";
-      STD_TORCH_CHECK(false, "targets: expected ", wanted, " for task ", t, ", got ", v, " in row ", r);
+      std::ostringstream message;  // without the place in this source, which says nothing to a user
+      message << "targets: expected " << wanted << " for task " << t << ", got " << v << " in row " << r;
+      throw std::runtime_error(message.str());
     }
   STD_TORCH_CHECK(false, "targets: expected other labels for task ", t);
 }

@@ -169,6 +169,10 @@ static void group_losses(const LossJob& job, const LossGroup& group, int64_t row
       T* buffer = labels + kLabelColumns * stride;
       for (int64_t c = 0; c < task.labels.columns; ++c) {
         read_labels<T>(task.labels, c, task.labels.col_stride, 1, row, rows, padded, buffer, stride);
+        if (task.loss == Loss::kOutside) {  // gradients as they are, NaN included
+          for (int64_t r = 0; r < padded; ++r) own[c * stride + r] = r < rows ? buffer[r] : T(0);
+          continue;
+        }
         loss[t] += task_loss<T>(task, own, stride, padded, scale, gradient, buffer, c);
       }
     }

@@ -75,6 +75,7 @@ struct Tasks {
         STD_TORCH_CHECK(dtype_of(*own, "targets") == type, "targets: expected gradients of the dtype of x");
         task.labels = own_labels(*own++, task, &task - specs.data(), n);
       }
+      if (task.labels.data) task.missing = rounded_to(task.labels.type, task.missing);
       task.missing_number =
           task.labels.data && task.loss != Loss::kOutside && has_missing_number(task.loss, task.labels.type);
     }
@@ -101,8 +102,7 @@ struct Tasks {
   void read_each(const std::vector<Tensor>& targets) {
     for (size_t t = 0; t < specs.size(); ++t) {
       const Tensor& y = targets[t];
-      const bool nothing = y.dim() == 1 && y.size(0) == 0 && n > 0;
-      if (nothing || n == 0 || specs[t].loss == Loss::kOutside) continue;
+      if (y.dim() == 3 || specs[t].loss == Loss::kOutside) continue;  // no labels
       STD_TORCH_CHECK(specs[t].loss != Loss::kNone, "targets: expected no labels for task ", t, ", which has no loss");
       specs[t].labels = own_labels(y, specs[t], t, n);
     }
@@ -231,6 +231,8 @@ Results multi_head_loss(const Tensor& x, const Tensor& weight, const std::option
                     "bias: expected a CPU vector of the dtype of x");
     check_size(bias->size(0), columns, "bias: size of dimension 0");
   }
+  STD_TORCH_CHECK(!need_gramian || !(need_x || need_weight || need_bias),
+                  "need_gramian: expected no gradients together with the Gramian");
   Plan plan(tasks, d, type, need_weight, need_gramian);
   std::vector<double> scale(count);
   const LossJob job{columns,
@@ -298,7 +300,7 @@ Results multi_head_loss(const Tensor& x, const Tensor& weight, const std::option
       const LossSums sums{loss.data() + slice * count, direct ? dw_out : own, direct ? db_out : own + of_weight * acc,
                           direct ? nullptr : own + (of_weight + of_bias) * acc};
       if (direct) {
-        if (need_weight) std::memset(dw_out, 0, of_weight * acc);
+        if (of_weight) std::memset(dw_out, 0, of_weight * acc);
         if (need_bias) std::memset(db_out, 0, of_bias * acc);
       } else {
         std::memset(own, 0, part * acc);

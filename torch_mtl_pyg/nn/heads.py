@@ -195,6 +195,8 @@ class MultiTaskHeads(nn.Module):
                 (:class:`torch_mtl_pyg.labels.LabelError`, also an IndexError, which names task, value and row).
             IndexError: A task index is not in ``[0, T)``.
         """
+        if gramian is not True and gramian is not False:
+            raise TypeError(f"gramian: expected a bool, got {type(gramian).__name__}.")
         if not self.layout.has_loss:
             raise ValueError("loss: expected at least one task with a loss, got none; give it one: Task(7, loss=...).")
         if task is not None and not isinstance(task, Tensor):

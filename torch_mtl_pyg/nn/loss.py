@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..labels import FLOATING, MISSING, label_columns, labelled, missing_value, split_labels
+from ..labels import FLOATING, MISSING, check_values, label_columns, labelled, missing_value, split_labels
 from ..ops import multi_head_linear, multi_head_loss
 from ..ops._checks import check_floating, check_same
 from ..task import Task, TaskLayout, TaskLosses
@@ -29,13 +29,17 @@ def losses_of_all(
     if not own:
         return TaskLosses(layout.names, *multi_head_loss(x, weight, bias, y, layout, gramian))
     labels = dict(zip(layout.names, split_labels(y, layout, x), strict=True))
+    for name, part in labels.items():
+        if layout.tasks[name].loss is None and part is not None:  # a column of a matrix
+            check_values(name, layout.tasks[name], part)
+            labels[name] = None
     values, counts, gradients = {}, {}, []
     for name in own:
         rows = layout.slices[name]
         out = multi_head_linear(x, weight[rows], None if bias is None else bias[rows])
         values[name], counts[name] = _callable_loss(name, layout.tasks[name], out, labels[name])
         if gramian:
-            gradients.append(_gradient_at(out, values[name]))
+            gradients.append(_gradient_at(name, layout.tasks[name], out, labels[name], values[name]))
         labels[name] = None
     per_task, total, count, product = multi_head_loss(x, weight, bias, labels, layout, gramian, gradients)
     place = torch.tensor([layout.names.index(name) for name in own], device=per_task.device)
@@ -89,9 +93,10 @@ def routed_labels(task: Tensor, x: Tensor, y: Labels, layout: TaskLayout) -> dic
     if tuple(y.shape) not in ((n,), (n, widest), (n, max(columns.values()))):
         raise ValueError(f"y: expected shape [{n}] or [{n}, {widest}], got {list(y.shape)}.")
     check_same("y", y, "x", x, dtype=False)
-    if y.dtype == torch.bool:
-        y = y.to(torch.int8)
-    y = y.unsqueeze(1) if y.dim() == 1 else y
+    if y.dtype in (torch.bool, torch.uint8):  # which have no number for "missing"
+        y = y.to(torch.int16)
+    one = y.dim() == 1
+    y = y.unsqueeze(1) if one else y
     labels: dict[str, Tensor | None] = {}
     for index, (name, t) in enumerate(layout.tasks.items()):
         mine = task == index
@@ -107,7 +112,9 @@ def routed_labels(task: Tensor, x: Tensor, y: Labels, layout: TaskLayout) -> dic
             labels[name] = None
             continue
         missing = float("nan") if y.dtype in FLOATING else missing_value(t, y.dtype)
-        labels[name] = torch.where(mine.unsqueeze(1), y[:, : columns[name]], MISSING if missing is None else missing)
+        own = y if callable(t.loss) else y[:, : columns[name]]
+        part = torch.where(mine.unsqueeze(1), own, MISSING if missing is None else missing)
+        labels[name] = part[:, 0] if one else part
     return labels
 
 
@@ -130,7 +137,11 @@ def _callable_loss(name: str, task: Task, out: Tensor, y: Tensor | None) -> tupl
     return value.mean() if value.dim() else value, count
 
 
-def _gradient_at(out: Tensor, value: Tensor) -> Tensor:
+def _gradient_at(name: str, task: Task, out: Tensor, y: Tensor | None, value: Tensor) -> Tensor:
+    if not out.requires_grad:  # nothing here needs a gradient but the Gramian
+        with torch.inference_mode(False), torch.enable_grad():
+            out = out.detach().clone().requires_grad_()
+            value, _ = _callable_loss(name, task, out, y)
     if not value.requires_grad:
         return torch.zeros_like(out)
     (gradient,) = torch.autograd.grad(value, out, retain_graph=True, allow_unused=True)

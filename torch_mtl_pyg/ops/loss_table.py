@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ..task import LOSSES, Task, TaskLayout
 
@@ -31,9 +33,10 @@ class LossTable:
             numbers = _numbers(task)
             rows.append((kind, task.out_channels, task.ignore_index, len(reals) if numbers else -1))
             reals += numbers
-        self.integers = torch.tensor(rows, dtype=torch.int64)
-        self.reals = torch.tensor(reals, dtype=torch.float64)
-        self.weight = torch.tensor([task.weight for task in layout.tasks.values()], dtype=torch.float64)
+        weights = [task.weight for task in layout.tasks.values()]
+        self.integers = torch.tensor(rows, dtype=torch.int64, device="cpu")
+        self.reals = torch.tensor(reals, dtype=torch.float64, device="cpu")
+        self.weight = torch.tensor(weights, dtype=torch.float64, device="cpu")
         self.fused = tuple(isinstance(task.loss, str) for task in layout.tasks.values())
 
 
@@ -42,7 +45,11 @@ def loss_table(layout: TaskLayout, outside: bool = False) -> LossTable:
     name = "_loss_table_outside" if outside else "_loss_table"
     table: LossTable | None = layout.__dict__.get(name)
     if table is None:
-        table = LossTable(layout, outside)
+        if torch.compiler.is_compiling():
+            return LossTable(layout, outside)
+        # The table outlives this call, and must not be a fake, an inference or a transform's tensor.
+        with torch.inference_mode(False), _disable_current_modes(), temporarily_clear_interpreter_stack():
+            table = LossTable(layout, outside)
         layout.__dict__[name] = table
     return table
 

@@ -92,7 +92,7 @@ def multi_head_loss(
             return per_task, total, others[0], others[1] if gramian else None
         table = loss_table(layout, bool(outside))
         results = _forward(x, weight, bias, [*targets, *outside], table, table.weight, _NOTHING, gramian)
-    except (RuntimeError, TypeError, ValueError):
+    except (RuntimeError, TypeError, AttributeError):
         # The op checks everything, and here the argument is found that it refused.
         prepare(x, weight, bias)
         _explain(y, layout, x)
@@ -134,21 +134,20 @@ def _is_plain_call(x: Any, weight: Any, bias: Any) -> bool:
 
 
 def _targets(y: Labels, layout: TaskLayout, x: Tensor) -> list[Tensor]:
-    """Labels as the op takes them: one matrix, or one tensor per task. The op itself checks them."""
+    """Labels as the op takes them: one matrix, or one tensor per task. The op itself checks shapes, dtypes, values."""
     if isinstance(y, Tensor):
-        return [y]
-    if isinstance(y, dict) and len(y) == len(layout.names):
-        try:
-            parts = [y[name] for name in layout.names]
-        except KeyError:
-            parts = [None]
-        if not any(part is None for part in parts):
-            return parts
+        if len(layout.names) > 1 and y.is_cpu and not y.requires_grad:
+            return [y]
+    elif type(y) is dict and len(y) == len(layout.names):
+        parts = [y.get(name) for name in layout.names]
+        if all(part is not None and part.is_cpu and not part.requires_grad for part in parts):
+            return parts  # type: ignore[return-value]
     return _filled(split_labels(y, layout, x), x)
 
 
 def _filled(parts: Sequence[Tensor | None], x: Tensor) -> list[Tensor]:
-    nothing = torch.empty(0, dtype=torch.float32, device=x.device)
+    # Of a shape that labels cannot have.
+    nothing = torch.empty((0, 0, 0), dtype=torch.float32, device=x.device)
     return [nothing if part is None else part for part in parts]
 
 
@@ -222,11 +221,13 @@ class _MultiHeadLoss(torch.autograd.Function):
         if ready is not None:
             factor = of_total if of_per_task is None else _common_factor(of_per_task, of_total, table.weight)
             if factor is not None:
-                if factor.item() != 1.0:
-                    ready = [g * factor.to(g.dtype) if need else g for g, need in zip(ready, needs, strict=True)]
+                number = factor.item()
+                if number != 1.0:
+                    ready = [g * number if need else g for g, need in zip(ready, needs, strict=True)]
                 return *(g if need else None for g, need in zip(ready, needs, strict=True)), *_REST
         v = _task_weights(of_per_task, of_total, table.weight)
-        grads = _forward(x, weight, bias, targets, table, v, needs, False)[4:]
+        with torch.autocast("cpu", enabled=False):  # the saved tensors are what the forward has made of the arguments
+            grads = _forward(x, weight, bias, targets, table, v, needs, False)[4:]
         return *(g if need else None for g, need in zip(grads, needs, strict=True)), *_REST
 
 
@@ -244,7 +245,7 @@ def _task_weights(of_per_task: Tensor | None, of_total: Tensor | None, weight: T
     if of_per_task is None:
         assert v is not None
         return v
-    return of_per_task.double() if v is None else of_per_task.double() + v
+    return of_per_task.double().contiguous() if v is None else of_per_task.double() + v
 
 
 def _common_factor(of_per_task: Tensor, of_total: Tensor | None, weight: Tensor) -> Tensor | None:
@@ -291,9 +292,9 @@ def _logit_gradients(
 ) -> Tensor:
     """``[N, K]``: each task's gradient at its own logits."""
     # The transform around a backward is over its weights; what is differentiated here lies outside of it.
-    with temporarily_clear_interpreter_stack(), torch.enable_grad():
+    with temporarily_clear_interpreter_stack(), torch.inference_mode(False), torch.enable_grad():
         linear = torch.nn.functional.linear(x.detach(), weight.detach(), None if bias is None else bias.detach())
-        logits = reference.wide(linear).requires_grad_()
+        logits = reference.wide(linear).clone().requires_grad_()
         losses, _ = reference.losses_of(logits, labels, layout)
         (gradients,) = torch.autograd.grad(losses.sum(), logits)
     return gradients
@@ -310,7 +311,9 @@ def _plain_gradients(
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
     """The gradients in plain PyTorch: differentiable again, or for many weights at once."""
-    labels = _labels_of(targets, layout)
+    labels = [None if t.dim() == 3 else t for t in targets]
+    if len(targets) < len(layout.names):
+        labels = list(targets[0].unbind(1))
     wanted = [t for t, need in zip((x, weight, bias), needs, strict=True) if need and t is not None]
     if torch.is_grad_enabled() and not transformed() and not _any_batched(of_per_task, of_total):
         per_task, _ = reference.multi_head_loss(x, weight, bias, labels, layout)
@@ -331,14 +334,6 @@ def _weights_like(of_per_task: Tensor | None, of_total: Tensor | None, layout: T
         assert v is not None
         return v
     return of_per_task if v is None else of_per_task + v
-
-
-def _labels_of(targets: list[Tensor], layout: TaskLayout) -> list[Tensor | None]:
-    if len(targets) == 1 and (targets[0].dim() == 2 and targets[0].shape[1] == len(layout.names) > 1):
-        return list(targets[0].unbind(1))
-    if len(layout.names) == 1:
-        return [targets[0]]
-    return [t if t.numel() or t.dim() > 1 else None for t in targets]
 
 
 # ---- What PyTorch knows of the op.
@@ -401,11 +396,13 @@ def _backward_of_op(ctx: Any, of_per_task: Tensor | None, of_total: Tensor | Non
     ready, targets = rest[:3], rest[3:]
     needs = [bool(need) for need in ctx.needs_input_grad[:3]]
     grads: Sequence[Tensor]
+    if torch.is_grad_enabled():
+        raise RuntimeError("multi_head_loss: expected one derivative where it is compiled or called directly, got two.")
     if of_per_task is None and of_total is None:
         grads, needs = ready, [False] * 3
     elif of_per_task is None and all(c or not need for c, need in zip(ctx.computed, needs, strict=False)):
         assert of_total is not None
-        grads = [g * of_total.to(g.dtype) if need else g for g, need in zip(ready, needs, strict=True)]
+        grads = [(g * of_total).to(g.dtype) if need else g for g, need in zip(ready, needs, strict=True)]
     else:
         v = _task_weights(of_per_task, of_total, task_weight)
         grads = torch.ops.torch_mtl_pyg.multi_head_loss(x, weight, bias, targets, integers, reals, v, *needs, False)[4:]
