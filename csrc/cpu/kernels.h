@@ -48,6 +48,7 @@ struct LossSums {
   void* weight;  // [K, D]
   void* bias;    // [K]
   void* gram;    // [K, K]: on and above the diagonal
+  bool fresh;    // weight and gram hold nothing yet
 };
 
 struct Kernels {

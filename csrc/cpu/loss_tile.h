@@ -286,7 +286,7 @@ static void loss_tile_as(const LossJob& job, const Matrix& x, int64_t row, int64
       for (int64_t j = 0; j < d;) {
         const int vectors = panel_vectors<T>(d - j);
         multiply_vectors<K>(vectors, columns, elements, a, s.stride / K::depth, 1,
-                            s.x_panels + panel_at<K>(elements, j), true, nullptr, dw + j, d,
+                            s.x_panels + panel_at<K>(elements, j), !sums.fresh, nullptr, dw + j, d,
                             static_cast<int>(min_of(vectors * L, d - j)));
         j += vectors * L;
       }
@@ -303,7 +303,7 @@ static void loss_tile_as(const LossJob& job, const Matrix& x, int64_t row, int64
         for (int64_t i = 0; i < rows * width; ++i) s.gram_panels[i] = T(0);
       for (int64_t c = 0; c < real; ++c)
         for (int64_t r = 0; r < rows; ++r) s.gram_panels[r * width + c] = s.z[(j + c) * s.stride + r];
-      multiply_vectors<Fma<T>>(vectors, j + real, rows, s.z, s.stride, 1, s.gram_panels, true, nullptr,
+      multiply_vectors<Fma<T>>(vectors, j + real, rows, s.z, s.stride, 1, s.gram_panels, !sums.fresh, nullptr,
                                static_cast<T*>(sums.gram) + j, job.k, static_cast<int>(real));
       j += width;
     }

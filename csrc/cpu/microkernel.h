@@ -77,6 +77,13 @@ static MTL_NOINLINE void micro_kernel(int64_t elements, const typename K::Elemen
     MTL_UNROLL
     for (int v = 0; v < NV; ++v) sum[i][v] = Vec<T>{};
   }
+  if (accumulate) {  // asked for while the products run
+    MTL_UNROLL
+    for (int i = 0; i < MR; ++i) {
+      __builtin_prefetch(c + i * c_stride, 1, 3);
+      __builtin_prefetch(c + i * c_stride + NV * L - 1, 1, 3);
+    }
+  }
   for (int64_t p = 0; p < elements; ++p) {
     Vec<E> bv[NV];
     MTL_UNROLL

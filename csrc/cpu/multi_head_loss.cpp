@@ -126,12 +126,14 @@ struct Plan {
       group.end = task.begin + task.width;
     }
     close(group);
-    // Rows of x, dx, packed x and the logits.
-    const int64_t row = accumulator_bytes(type) * (5 * d / 2 + (need_gramian ? 2 * k : widest_group));
+    // A row of x, of its copy and of the logits; dx passes by.
+    const int64_t row = accumulator_bytes(type) * (2 * d + (need_gramian ? 2 * k : widest_group));
     tile_rows = std::clamp<int64_t>(kTileBytes / row / 16 * 16, kMinRows, kMaxRows);
-    // A slice costs sums of its own, written and read once.
+    // A slice costs sums of its own, written and read once: where they are large, 512 rows pay for them, and 1024 where
+    // there are 16 slices already.
     const int64_t sums = (need_weight ? k * d : 0) + (need_gramian ? k * k : 0);
-    slices = std::clamp<int64_t>(n / (sums > 65536 ? 256 : 128), 1, kMaxSlices);
+    const int64_t wished = sums > 65536 ? std::min(n / 512, std::max<int64_t>(16, n / 1024)) : n / 128;
+    slices = std::clamp<int64_t>(wished, 1, kMaxSlices);
     slices = std::clamp<int64_t>((int64_t(1) << 24) / std::max<int64_t>(1, sums), 1, slices);
     if (slices > 1 && slices % 2) --slices;  // few threads get equal shares
     tile_rows = std::max<int64_t>(1, std::min(tile_rows, (n + slices - 1) / slices));
@@ -297,18 +299,21 @@ Results multi_head_loss(const Tensor& x, const Tensor& weight, const std::option
     const Buffer scratch = make_buffer(k.loss_scratch_bytes(type, job));
     for (int64_t slice = begin; slice < end; ++slice) {
       char* const own = direct ? nullptr : static_cast<char*>(parts.get()) + slice * part * acc;
-      const LossSums sums{loss.data() + slice * count, direct ? dw_out : own, direct ? db_out : own + of_weight * acc,
-                          direct ? nullptr : own + (of_weight + of_bias) * acc};
-      if (direct) {
-        if (of_weight) std::memset(dw_out, 0, of_weight * acc);
-        if (need_bias) std::memset(db_out, 0, of_bias * acc);
-      } else {
-        std::memset(own, 0, part * acc);
+      LossSums sums{loss.data() + slice * count, direct ? dw_out : own, direct ? db_out : own + of_weight * acc,
+                    direct ? nullptr : own + (of_weight + of_bias) * acc, true};
+      // Tiles of nearly equal height, in whole vectors: a short one would pay for its products' sums all the same.
+      const int64_t first = plan.row(slice), end_row = plan.row(slice + 1), rows = end_row - first;
+      const int64_t tiles = std::max<int64_t>(1, (rows + plan.tile_rows - 1) / plan.tile_rows);
+      const int64_t step = std::min(plan.tile_rows, ((rows + tiles - 1) / tiles + 15) / 16 * 16);
+      if (rows == 0) {  // no tile will write the sums
+        if (of_weight) std::memset(sums.weight, 0, of_weight * acc);
+        if (need_gramian) std::memset(sums.gram, 0, columns * columns * acc);
       }
-      for (int64_t r = plan.row(slice); r < plan.row(slice + 1); r += plan.tile_rows) {
-        const int64_t last = std::min(r + plan.tile_rows, plan.row(slice + 1));
-        k.loss_tile(type, job, xm.part(type, r, last, 0, d), r, std::min(plan.tile_rows, plan.row(slice + 1) - last),
-                    sums, dx_out ? dx_out + r * d * element_bytes(type) : nullptr, scratch.get());
+      if (of_bias) std::memset(sums.bias, 0, of_bias * acc);
+      for (int64_t r = first; r < end_row; r += step, sums.fresh = false) {
+        const int64_t last = std::min(r + step, end_row);
+        k.loss_tile(type, job, xm.part(type, r, last, 0, d), r, std::min(step, end_row - last), sums,
+                    dx_out ? dx_out + r * d * element_bytes(type) : nullptr, scratch.get());
       }
     }
   });
