@@ -11,10 +11,14 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 # Stamps are named after what they hold, so that another torch makes a new installation.
 BASE := $(VENV)/.torch-$(TORCH)
 
-.PHONY: demo test test-scatter lint format bench docs clean
+.PHONY: demo tox21 test test-scatter lint format bench docs clean
 
 demo: $(VENV)/.demo-$(TORCH)
 	$(BIN)/python examples/demo.py --dataset $(DATASET) $(if $(ROOT),--root $(ROOT)) --out $(OUT)
+
+# ROOT holds tox21/tox21.npz, or gets PyG's MoleculeNet.
+tox21: $(VENV)/.demo-$(TORCH)
+	$(BIN)/python examples/tox21.py $(if $(ROOT),--root $(ROOT)) --out $(OUT)/tox21
 
 test: $(VENV)/.test-$(TORCH)
 	$(BIN)/python -m pytest
@@ -36,6 +40,8 @@ format: $(VENV)/.lint-$(TORCH)
 
 bench: $(VENV)/.test-$(TORCH)
 	$(BIN)/python benchmarks/bench_heads.py
+	$(BIN)/python benchmarks/bench_loss.py
+	$(BIN)/python benchmarks/bench_balancing.py
 
 # The snippets of README.md and docs/ run as tests.
 docs: $(VENV)/.test-$(TORCH)
