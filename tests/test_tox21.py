@@ -27,6 +27,7 @@ from common.gine import CategorySum  # noqa: E402
 from common.molecule_training import Run, Settings, train  # noqa: E402
 from torch_geometric.data import Batch, Data  # noqa: E402
 
+Capture, Patch = pytest.CaptureFixture[str], pytest.MonkeyPatch
 ATOMS, BONDS, COUNT = (6, 3), (4, 2), 120
 SMALL = Settings(epochs=2, batch_size=16, hidden=8, layers=2, lr=1e-3, device="cpu")
 
@@ -72,7 +73,7 @@ def options(root: Path, out: Path, *more: str) -> list[str]:
     return ["--root", str(root), "--out", str(out), *small, *more]
 
 
-def without_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
+def without_drawing(monkeypatch: Patch) -> None:
     """Figures take longer than all else here, and are drawn for one method."""
     for figure in ("conflict_heatmap", "conflicts_over_time", "loss_curves"):
         monkeypatch.setattr(molecule_report, figure, lambda *args, path, **options: path.write_bytes(b"\x89PNG"))
@@ -80,16 +81,10 @@ def without_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def as_list(molecules: data.Molecules) -> list[Data]:
     """The molecules as PyG has them: one ``Data`` each."""
-    n, e = molecules.node_ptr.tolist(), molecules.edge_ptr.tolist()
-    return [
-        Data(
-            x=molecules.x[n[i] : n[i + 1]],
-            edge_index=molecules.edge_index[:, e[i] : e[i + 1]],
-            edge_attr=molecules.edge_attr[e[i] : e[i + 1]],
-            y=molecules.y[i : i + 1],
-        )
-        for i in range(len(molecules))
-    ]
+    atoms, bonds = molecules.node_ptr.diff().tolist(), molecules.edge_ptr.diff().tolist()
+    x, edge_attr = molecules.x.split(atoms), molecules.edge_attr.split(bonds)
+    edges = molecules.edge_index.split(bonds, dim=1)
+    return [Data(x[i], edges[i], edge_attr[i], y=molecules.y[i : i + 1]) for i in range(len(molecules))]
 
 
 def test_batch_is_that_of_pyg(molecules: data.Molecules) -> None:
@@ -98,8 +93,7 @@ def test_batch_is_that_of_pyg(molecules: data.Molecules) -> None:
     ours, theirs = molecules.batch(index), Batch.from_data_list([single[i] for i in index.tolist()])
     for key in ("x", "edge_index", "edge_attr", "batch", "ptr"):
         assert torch.equal(ours[key], theirs[key]), key
-    assert torch.equal(ours.y.nan_to_num(-1), theirs.y.nan_to_num(-1))
-    assert ours.num_graphs == 5
+    assert torch.equal(ours.y.nan_to_num(-1), theirs.y.nan_to_num(-1)) and ours.num_graphs == 5
 
 
 def test_batches_cover_all_molecules_in_an_order_fixed_by_the_seed(molecules: data.Molecules) -> None:
@@ -125,14 +119,13 @@ def test_moleculenet_is_packed_as_the_npz_is(molecules: data.Molecules) -> None:
     for field in ("x", "edge_index", "edge_attr", "node_ptr", "edge_ptr"):
         assert torch.equal(getattr(packed, field), getattr(molecules, field)), field
     assert packed.task_names == molecules.task_names
-    assert torch.bincount(packed.part).tolist() == [96, 12, 12]
-    assert torch.equal(packed.part, data.random_split(COUNT))
+    assert torch.bincount(packed.part).tolist() == [96, 12, 12] and torch.equal(packed.part, data.random_split(COUNT))
 
 
-def test_scaffold_split_keeps_groups_together_largest_first(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scaffold_split_keeps_groups_together_largest_first(monkeypatch: Patch) -> None:
     """With the first letter for a scaffold, so that it runs without rdkit."""
-    name = "rdkit"
-    for part in ("", ".Chem", ".Scaffolds", ".MurckoScaffold"):
+    name = ""
+    for part in ("rdkit", ".Chem", ".Scaffolds", ".MurckoScaffold"):
         name += part
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     sys.modules[name].MurckoScaffoldSmiles = lambda smiles, includeChirality: smiles[0]  # type: ignore[attr-defined]
@@ -150,18 +143,12 @@ def test_category_sum() -> None:
 
 
 @pytest.mark.parametrize("method", tox21.METHODS)
-def test_main(
-    method: str,
-    root: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_main(method: str, root: Path, tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
     if method != "none":
         without_drawing(monkeypatch)
     summary = tox21.main(options(root, tmp_path, "--balancing", method))
     printed = capsys.readouterr().out
-    assert list(summary["methods"]) == (["none"] if method == "none" else [method])
+    assert list(summary["methods"]) == [method]
     row = summary["methods"][method]
     run = row["runs"][0]
     for epoch in (1, 2):
@@ -171,7 +158,6 @@ def test_main(
     assert row["AUROC"][0] == pytest.approx(np.mean([values[0] for values in row["tasks"].values()]))
     assert 0 <= row["conflicts"][0] <= 1
     assert f"{row['tasks']['NR-AhR'][0]:.3f}" in printed
-    assert "SR-p53" in printed
     assert json.loads((tmp_path / "metrics.json").read_text()) == summary
     for figure in ("conflicts", "conflicts_over_time", "losses"):
         assert (tmp_path / f"{figure}_{method}.png").read_bytes().startswith(b"\x89PNG")
@@ -194,9 +180,7 @@ def test_split_is_used(root: Path) -> None:
     assert counts["random"] != counts["scaffold"]
 
 
-def test_comparison(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_comparison(root: Path, tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
     without_drawing(monkeypatch)
     more = ("--balancing", "uw", "--runs", "3", "--single-task", "--epochs", "1", "--batch-size", "60")
     summary = tox21.main(options(root, tmp_path, *more))
@@ -208,17 +192,15 @@ def test_comparison(
         assert found["mean"] == pytest.approx(difference.mean())
         assert found["half_width_95"] == pytest.approx(4.302653 * difference.std(ddof=1) / 3**0.5)
         assert f"{found['mean']:+.4f}" in printed
-    assert methods["single-task"]["AUROC"][0] == pytest.approx(
-        np.mean([values[0] for values in methods["single-task"]["tasks"].values()])
-    )
+    alone = methods["single-task"]
+    assert alone["AUROC"][0] == pytest.approx(np.mean([values[0] for values in alone["tasks"].values()]))
     assert summary["verdict"] in printed
     assert summary["settings"]["seeds"] == [0, 1, 2]
 
 
 def test_methods_start_from_the_same_weights_and_see_the_same_batches(molecules: data.Molecules) -> None:
     """So that the differences are paired: with a learning rate of almost 0, the losses are the same."""
-    still = replace(SMALL, lr=1e-12)
-    runs = [train(molecules, method, 3, still) for method in tox21.METHODS]
+    runs = [train(molecules, method, 3, replace(SMALL, lr=1e-12)) for method in tox21.METHODS]
     for run in runs[1:]:
         assert torch.allclose(run.losses[0], runs[0].losses[0], atol=1e-6)
 
@@ -248,13 +230,11 @@ def test_interval_and_verdict() -> None:
     values = {"none": [0.5, 0.6, 0.7], "up": [0.6, 0.71, 0.8], "down": [0.4, 0.49, 0.6], "even": [0.6, 0.5, 0.7]}
     rows = {name: {"AUROC": v, "conflicts": [0.25], "seconds": [1.5]} for name, v in values.items()}
     text = comparison_verdict(rows, "none")
-    assert "better: up (+0.1033)" in text
-    assert "worse: down (-0.1033)" in text
-    assert "no clear difference: even (+0.0000)" in text
+    for words in ("better: up (+0.1033)", "worse: down (-0.1033)", "no clear difference: even (+0.0000)"):
+        assert words in text
     table = comparison_table(rows, "none").splitlines()
-    assert "0.600 +- 0.100" in table[2] and "25.0%" in table[2] and "1.50" in table[2]
-    assert "+0.1033" in table[3]
-    one = {name: {**row, "AUROC": row["AUROC"][:1]} for name, row in rows.items()}
+    assert "0.600 +- 0.100" in table[2] and "25.0%" in table[2] and "1.50" in table[2] and "+0.1033" in table[3]
+    one = {name: {**row, "AUROC": [0.5]} for name, row in rows.items()}
     assert "cannot tell" in comparison_verdict(one, "none")
     assert "needs 2 seeds" in comparison_table(one, "none")
 
@@ -270,9 +250,7 @@ def test_interval_and_verdict() -> None:
         (["--device", "toaster"], "toaster"),
     ],
 )
-def test_bad_options(
-    more: list[str], message: str, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_options(more: list[str], message: str, root: Path, tmp_path: Path, capsys: Capture) -> None:
     with pytest.raises(SystemExit) as stop:
         tox21.main(options(root, tmp_path / "out", *more))
     assert stop.value.code == 2
@@ -280,9 +258,7 @@ def test_bad_options(
     assert not (tmp_path / "out").exists()
 
 
-def test_no_data_names_both_ways(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_no_data_names_both_ways(tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
     class Offline:
         names = data.MoleculeNet.names
 
@@ -307,8 +283,8 @@ def test_broken_npz_names_what_is_missing(tmp_path: Path) -> None:
         data.load_molecules(tmp_path, "tox21", "random")
 
 
-@pytest.mark.parametrize(("split", "sizes"), [("random", [6264, 783, 784]), ("scaffold", [6264, 783, 784])])
-def test_real_data(split: str, sizes: list[int]) -> None:
+@pytest.mark.parametrize("split", data.SPLITS)
+def test_real_data(split: str) -> None:
     given = os.environ.get("TORCH_MTL_PYG_DATA")
     folder = Path(given) / "molecules" if given else REPOSITORY.parent / "shared/data/molecules"
     if not (folder / "tox21/tox21.npz").is_file():
@@ -316,10 +292,9 @@ def test_real_data(split: str, sizes: list[int]) -> None:
     tox = data.load_molecules(folder, "tox21", split)
     assert (len(tox), tox.x.shape, tox.edge_index.shape) == (7831, (145459, 9), (2, 302190))
     assert tox.task_names == data.TASKS["tox21"]
-    assert [len(tox.indices(part)) for part in data.PARTS] == sizes
+    assert [len(tox.indices(part)) for part in data.PARTS] == [6264, 783, 784]
     assert float(tox.y.isnan().float().mean()) == pytest.approx(0.1705, abs=1e-4)
     assert bool((tox.x.max(0).values < torch.tensor(tox.atom_dims)).all())
     assert bool((tox.edge_attr.max(0).values < torch.tensor(tox.bond_dims)).all())
     batch = tox.batch(torch.arange(len(tox)))
-    assert int(batch.edge_index.max()) < 145459
     assert torch.equal(batch.batch[batch.edge_index[0]], batch.batch[batch.edge_index[1]])
