@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterator
 
@@ -11,6 +12,17 @@ import torch
 from torch_mtl_pyg import backend
 
 ISAS = ("baseline", "avx2", "avx512", "avx512_bf16")
+
+
+# What tests of an extra are skipped without.
+OF_EXTRAS = ("matplotlib", "ninja", "scipy", "sklearn", "torchjd", "torchmetrics", "tqdm")
+
+
+def pytest_configure() -> None:
+    """In CI no extra is optional, so that a lost package does not turn whole files into skips."""
+    missing = [name for name in OF_EXTRAS if importlib.util.find_spec(name) is None]
+    if os.environ.get("CI") and missing:
+        raise pytest.UsageError(f"CI has to test every extra; not installed: {', '.join(missing)}")
 
 
 @pytest.fixture(autouse=True)
