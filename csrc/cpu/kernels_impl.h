@@ -21,6 +21,7 @@ namespace {
 #include "labels.h"
 #include "losses.h"
 #include "loss_tile.h"
+#include "label_counts.h"
 
 // ---- The table: every function takes the stored type at run time.
 template <class F>

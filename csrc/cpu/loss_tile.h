@@ -14,6 +14,41 @@ struct Pieces {
   }
 };
 
+// z[c * stride + r] = in[r * in_stride + c], in blocks of 16-byte vectors.
+template <class T>
+static MTL_NOINLINE void transpose(const T* in, int64_t in_stride, int64_t rows, int64_t columns, T* z,
+                                   int64_t stride) {
+  int64_t r = 0;
+  if constexpr (sizeof(T) == 4) {
+    typedef Lanes<float, 4>::type V;
+    typedef Lanes<float, 4>::unaligned U;
+    typedef Lanes<int32_t, 4>::type I;
+    for (; r + 4 <= rows; r += 4)
+      for (int64_t c = 0; c < columns; c += 4) {  // `in` is padded to whole vectors; z is not
+        const T* p = in + r * in_stride + c;
+        const V a0 = *reinterpret_cast<const U*>(p), a1 = *reinterpret_cast<const U*>(p + in_stride),
+                a2 = *reinterpret_cast<const U*>(p + 2 * in_stride),
+                a3 = *reinterpret_cast<const U*>(p + 3 * in_stride);
+        const V b0 = __builtin_shuffle(a0, a1, I{0, 4, 1, 5}), b1 = __builtin_shuffle(a2, a3, I{0, 4, 1, 5});
+        const V b2 = __builtin_shuffle(a0, a1, I{2, 6, 3, 7}), b3 = __builtin_shuffle(a2, a3, I{2, 6, 3, 7});
+        const V c0 = __builtin_shuffle(b0, b1, I{0, 1, 4, 5}), c1 = __builtin_shuffle(b0, b1, I{2, 3, 6, 7});
+        const V c2 = __builtin_shuffle(b2, b3, I{0, 1, 4, 5}), c3 = __builtin_shuffle(b2, b3, I{2, 3, 6, 7});
+        T* q = z + c * stride + r;
+        *reinterpret_cast<U*>(q) = c0;
+        if (c + 1 < columns) *reinterpret_cast<U*>(q + stride) = c1;
+        if (c + 2 < columns) *reinterpret_cast<U*>(q + 2 * stride) = c2;
+        if (c + 3 < columns) *reinterpret_cast<U*>(q + 3 * stride) = c3;
+      }
+  }
+  for (; r < rows; ++r)
+    for (int64_t c = 0; c < columns; ++c) z[c * stride + r] = in[r * in_stride + c];
+}
+
+template <class T, class P>
+constexpr bool kSame = false;
+template <class T>
+constexpr bool kSame<T, const T*> = true;
+
 // Label columns read at a time: a cache line of a matrix of labels.
 constexpr int64_t kLabelColumns = 8;
 
@@ -22,6 +57,10 @@ template <class T>
 static void read_labels(const Labels& labels, int64_t first, int64_t step, int64_t columns, int64_t row, int64_t rows,
                         int64_t padded, T* out, int64_t stride) {
   with_label_type(labels, [&](auto* in) {
+    if constexpr (kSame<T, decltype(in)>) {
+      if (step == 1 && columns % 4 == 0)
+        return transpose<T>(in + row * labels.row_stride + first, labels.row_stride, rows, columns, out, stride);
+    }
     gather_labels<T>(in + row * labels.row_stride + first * step, labels.row_stride, step, columns, rows, out, stride);
   });
   for (int64_t c = 0; c < columns; ++c)
@@ -82,36 +121,6 @@ MTL_INLINE void multiply_vectors(int vectors, int64_t rows, int64_t elements, co
     multiply_strided<K, 1>(rows, elements, a, a_row, a_step, panel, accumulate, bias, c, c_stride, width, ahead);
   else
     multiply_strided<K, 3>(rows, elements, a, a_row, a_step, panel, accumulate, bias, c, c_stride, width, ahead);
-}
-
-// z[c * stride + r] = in[r * in_stride + c], in blocks of 16-byte vectors.
-template <class T>
-static MTL_NOINLINE void transpose(const T* in, int64_t in_stride, int64_t rows, int64_t columns, T* z,
-                                   int64_t stride) {
-  int64_t r = 0;
-  if constexpr (sizeof(T) == 4) {
-    typedef Lanes<float, 4>::type V;
-    typedef Lanes<float, 4>::unaligned U;
-    typedef Lanes<int32_t, 4>::type I;
-    for (; r + 4 <= rows; r += 4)
-      for (int64_t c = 0; c < columns; c += 4) {  // `in` is padded to whole vectors; z is not
-        const T* p = in + r * in_stride + c;
-        const V a0 = *reinterpret_cast<const U*>(p), a1 = *reinterpret_cast<const U*>(p + in_stride),
-                a2 = *reinterpret_cast<const U*>(p + 2 * in_stride),
-                a3 = *reinterpret_cast<const U*>(p + 3 * in_stride);
-        const V b0 = __builtin_shuffle(a0, a1, I{0, 4, 1, 5}), b1 = __builtin_shuffle(a2, a3, I{0, 4, 1, 5});
-        const V b2 = __builtin_shuffle(a0, a1, I{2, 6, 3, 7}), b3 = __builtin_shuffle(a2, a3, I{2, 6, 3, 7});
-        const V c0 = __builtin_shuffle(b0, b1, I{0, 1, 4, 5}), c1 = __builtin_shuffle(b0, b1, I{2, 3, 6, 7});
-        const V c2 = __builtin_shuffle(b2, b3, I{0, 1, 4, 5}), c3 = __builtin_shuffle(b2, b3, I{2, 3, 6, 7});
-        T* q = z + c * stride + r;
-        *reinterpret_cast<U*>(q) = c0;
-        if (c + 1 < columns) *reinterpret_cast<U*>(q + stride) = c1;
-        if (c + 2 < columns) *reinterpret_cast<U*>(q + 2 * stride) = c2;
-        if (c + 3 < columns) *reinterpret_cast<U*>(q + 3 * stride) = c3;
-      }
-  }
-  for (; r < rows; ++r)
-    for (int64_t c = 0; c < columns; ++c) z[c * stride + r] = in[r * in_stride + c];
 }
 
 // The logits of one group of columns, transposed, with zeros in the rows past the end. Each panel asks for its share of
@@ -308,36 +317,4 @@ static void loss_tile_as(const LossJob& job, const Matrix& x, int64_t row, int64
       j += width;
     }
   }
-}
-
-// Counts the labels of all tasks in the rows [first, last), for a class-weighted task also the weights of its labels.
-// Returns the first task found that has a label it cannot have, or -1.
-static int64_t count_labels_of(const LossJob& job, int64_t task_count, int64_t first, int64_t last, int64_t* count,
-                               double* norm) {
-  constexpr int64_t kRows = 32;
-  const int64_t step = job.label_matrix.col_stride;
-  double labels[kLabelColumns * kRows];
-  for (int64_t row = first; row < last; row += kRows) {
-    const int64_t rows = min_of(kRows, last - row);
-    for (int64_t t = 0; t < task_count; ++t) {
-      const TaskSpec& task = job.tasks[t];
-      const int64_t ahead = t % kLabelColumns;
-      const bool matrix = step && task.loss != Loss::kOutside;
-      if (step && ahead == 0)
-        read_labels<double>(job.label_matrix, t, step, min_of(kLabelColumns, task_count - t), row, rows, kRows, labels,
-                            kRows);
-      if (!task.labels.data || task.loss == Loss::kOutside) continue;
-      double column[kRows];
-      for (int64_t c = 0; c < task.labels.columns; ++c) {
-        if (!matrix) read_labels<double>(task.labels, c, task.labels.col_stride, 1, row, rows, kRows, column, kRows);
-        const double* y = matrix ? labels + ahead * kRows : column;
-        if (!count_numbers(task, kRows, y, count + t)) return t;
-        if (task.loss == Loss::kCrossEntropy && task.numbers)
-          for (int64_t r = 0; r < rows; ++r)
-            if (y[r] == y[r] && !(task.missing_number && y[r] == static_cast<double>(task.missing)))
-              norm[t] += task.numbers[static_cast<int64_t>(y[r])];
-      }
-    }
-  }
-  return -1;
 }

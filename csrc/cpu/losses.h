@@ -34,37 +34,6 @@ static void as_numbers(const TaskSpec& task, int64_t padded, T* labels) {
   }
 }
 
-// ---- Checks, on labels gathered as float64: adds their number; true if all are what the task can have.
-static bool count_numbers(const TaskSpec& task, int64_t padded, const double* labels, int64_t* count) {
-  constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52: adding it rounds to an integer
-  constexpr double kLargest = 1.7976931348623157e308;
-  VecInt<double> present{}, bad{};
-  for (int64_t r = 0; r < padded; r += VectorOf<double>::lanes) {
-    const Vec<double> v = load<double>(labels + r);
-    const VecInt<double> has = labelled<double>(task, v);
-    VecInt<double> good = absolute<double>(v) <= kLargest;
-    if (task.loss == Loss::kCrossEntropy)
-      good = (v >= 0.0) & (v < static_cast<double>(task.width)) & ((v + kRound) - kRound == v);
-    else if (task.loss == Loss::kBce)
-      good = (v >= 0.0) & (v <= 1.0);
-    else if (task.loss == Loss::kPoissonNll)
-      good = good & (v >= 0.0);
-    else if (task.loss == Loss::kNone)
-      good = VecInt<double>{};
-    else if (task.loss == Loss::kOutside)
-      good = has;
-    present = present - has;
-    bad = bad | (has & ~good);
-  }
-  int64_t any = 0, sum = 0;
-  for (int i = 0; i < VectorOf<double>::lanes; ++i) {
-    any |= bad[i];
-    sum += present[i];
-  }
-  *count += sum;
-  return any == 0;
-}
-
 // ---- Cross-entropy. With class weights w, smoothing e and W = sum of w, of a row with class y:
 //   loss = (1 - e) w_y (lse - z_y) + e / C sum_c w_c (lse - z_c)
 //   gradient_c = p_c ((1 - e) w_y + e W / C) - [c = y] (1 - e) w_y - e w_c / C
