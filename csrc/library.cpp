@@ -16,6 +16,22 @@ STABLE_TORCH_LIBRARY(torch_mtl_pyg, m) {
       "task_weight, bool need_x, bool need_weight, bool need_bias, bool need_gramian)"
       " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 
+  m.def(
+      "aggregate(Tensor x, Tensor ptr, Tensor index, Tensor? place, Tensor? edge_weight, Tensor? factors, int reduce)"
+      " -> Tensor");
+  m.def(
+      "aggregate_extreme_backward(Tensor grad, Tensor x, Tensor result, Tensor ptr, Tensor index, Tensor source_ptr, "
+      "Tensor source_index) -> Tensor");
+  m.def("edge_dots(Tensor a, Tensor x, Tensor ptr, Tensor index, Tensor? place, int reduce) -> Tensor");
+  m.def(
+      "aggregate_linear(Tensor x, Tensor ptr, Tensor index, Tensor? place, Tensor? edge_weight, Tensor[] weights, "
+      "Tensor? root, Tensor[] root_weights, Tensor? bias, int reduce, bool project_first, bool keep)"
+      " -> (Tensor, Tensor)");
+  m.def(
+      "aggregate_linear_backward(Tensor grad, Tensor x, Tensor source_ptr, Tensor source_index, Tensor? source_place, "
+      "Tensor? edge_weight, Tensor? factors, Tensor[] weights, Tensor[] root_weights, bool need_x, bool need_weight)"
+      " -> (Tensor, Tensor)");
+
   m.def("multiply_add_rate(Tensor like, float seconds) -> float");
   m.def("isa() -> str");
   m.def("isas_available() -> str");

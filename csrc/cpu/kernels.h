@@ -8,6 +8,7 @@
 #include <stdint.h>
 
 #include "../common/dtype.h"
+#include "../common/graph.h"
 #include "../common/losses.h"
 
 namespace mtl {
@@ -61,11 +62,11 @@ struct Kernels {
   // Packs the panels [first, last) of B; columns past n are filled with zeros.
   void (*pack_panels)(DType type, const Matrix& b, int64_t first, int64_t last, void* panels);
 
-  // ---- rows: out[i, :] = A[i, :] * B + bias for every row of A.
+  // ---- rows: out[i, :] (+)= A[i, :] * B + bias for every row of A; accumulate: float32 and float64 only.
   // Each element is one chain of fused multiply-adds in the order of p, whatever the rows of the call.
   // bias: n accumulators, or null. out: elements of `type` with out_row_stride, columns contiguous.
   int64_t (*rows_scratch_bytes)(DType type);
-  void (*rows)(DType type, const Matrix& a, const void* panels, int64_t n, const void* bias, void* out,
+  void (*rows)(DType type, const Matrix& a, const void* panels, int64_t n, const void* bias, bool accumulate, void* out,
                int64_t out_row_stride, void* scratch);
 
   // ---- outer: sum[k, d] += sum over the rows r of G[r, k] * X[r, d]; at most outer_rows rows.
@@ -87,6 +88,23 @@ struct Kernels {
   int64_t (*loss_scratch_bytes)(DType type, const LossJob& job);
   void (*loss_tile)(DType type, const LossJob& job, const Matrix& x, int64_t row, int64_t next, const LossSums& sums,
                     void* dx, void* scratch);
+  // ---- Neighbours. All of these return false where an edge names what is not there, which is then not read.
+  // The rows [first, last) of the result, as accumulators; accumulate: added to what is there (sum and mean only).
+  bool (*gather)(DType type, const GatherJob& job, int64_t first, int64_t last, bool accumulate, void* out,
+                 int64_t out_stride);
+  // The edges [e0, e1) of a row of row_edges, and two such results put together, for rows shared out between threads.
+  bool (*gather_edges)(DType type, const GatherJob& job, int64_t e0, int64_t e1, int64_t row_edges, void* out);
+  void (*combine)(DType type, Reduce reduce, const void* part, int64_t columns, void* out);
+  // out[place] = <a[row], x[index]>, over the number of the row's edges for mean, for the edges [e0, e1).
+  bool (*edge_dots)(DType type, const GatherJob& job, const Matrix& a, int64_t e0, int64_t e1, void* out);
+  // The gradient of max and min: grad over the number of ties, by rows of the result; and its sums, by rows of x, with
+  // the graph turned around and the result as the job's x.
+  bool (*tie_shares)(DType type, const GatherJob& job, const Matrix& best, const Matrix& grad, int64_t first,
+                     int64_t last, void* out, int64_t out_stride);
+  bool (*tie_sums)(DType type, const GatherJob& job, const Matrix& x, const void* shares, int64_t first, int64_t last,
+                   void* out);
+  // out[i] = elements of `type` from accumulators, for i in [0, n).
+  void (*narrow)(DType type, const void* in, int64_t n, void* out);
   // ---- The register tile over and over on data in the first-level cache, `repeats` times; returns its multiply-adds.
   // scratch: 64 KiB of zeros.
   int64_t (*multiply_adds)(DType type, int64_t repeats, void* scratch);

@@ -22,6 +22,7 @@ namespace {
 #include "losses.h"
 #include "loss_tile.h"
 #include "label_counts.h"
+#include "gather.h"
 
 // ---- The table: every function takes the stored type at run time.
 template <class F>
@@ -37,6 +38,9 @@ static auto with_type(DType type, F f) {
       return f(float{});
   }
 }
+
+template <class In>
+using AccOf = typename ArithmeticOf<In>::type::Acc;
 
 static int64_t panels_bytes(DType type, int64_t p, int64_t n) {
   return with_type(type, [&](auto in) {
@@ -64,11 +68,11 @@ static int64_t rows_scratch_bytes(DType type) {
     return rows_scratch_bytes_as<typename ArithmeticOf<In>::type, In>();
   });
 }
-static void rows(DType type, const Matrix& a, const void* panels, int64_t n, const void* bias, void* out,
-                 int64_t out_row_stride, void* scratch) {
+static void rows(DType type, const Matrix& a, const void* panels, int64_t n, const void* bias, bool accumulate,
+                 void* out, int64_t out_row_stride, void* scratch) {
   with_type(type, [&](auto in) {
     using In = decltype(in);
-    rows_as<typename ArithmeticOf<In>::type, In>(a, panels, n, bias, out, out_row_stride, scratch);
+    rows_as<typename ArithmeticOf<In>::type, In>(a, panels, n, bias, accumulate, out, out_row_stride, scratch);
   });
 }
 static int64_t outer_scratch_bytes(DType type, int64_t k, int64_t d) {
@@ -111,6 +115,51 @@ static void loss_tile(DType type, const LossJob& job, const Matrix& x, int64_t r
     loss_tile_as<typename ArithmeticOf<In>::type, In>(job, x, row, next, sums, dx, scratch);
   });
 }
+static bool gather(DType type, const GatherJob& job, int64_t first, int64_t last, bool accumulate, void* out,
+                   int64_t out_stride) {
+  return with_type(type, [&](auto in) {
+    using In = decltype(in);
+    return gather_as<In>(job, first, last, accumulate, static_cast<AccOf<In>*>(out), out_stride);
+  });
+}
+static bool gather_edges(DType type, const GatherJob& job, int64_t e0, int64_t e1, int64_t row_edges, void* out) {
+  return with_type(type, [&](auto in) {
+    using In = decltype(in);
+    return gather_edges_of<In>(job, e0, e1, row_edges, static_cast<AccOf<In>*>(out));
+  });
+}
+static void combine(DType type, Reduce reduce, const void* part, int64_t columns, void* out) {
+  with_type(type, [&](auto in) {
+    using T = AccOf<decltype(in)>;
+    combine_as(reduce, static_cast<const T*>(part), columns, static_cast<T*>(out));
+  });
+}
+static bool edge_dots(DType type, const GatherJob& job, const Matrix& a, int64_t e0, int64_t e1, void* out) {
+  return with_type(type, [&](auto in) {
+    using In = decltype(in);
+    return edge_dots_as<In, AccOf<In>>(job, a, e0, e1, static_cast<In*>(out));
+  });
+}
+static bool tie_shares(DType type, const GatherJob& job, const Matrix& best, const Matrix& grad, int64_t first,
+                       int64_t last, void* out, int64_t out_stride) {
+  return with_type(type, [&](auto in) {
+    using In = decltype(in);
+    return tie_shares_as<In>(job, best, grad, first, last, static_cast<AccOf<In>*>(out), out_stride);
+  });
+}
+static bool tie_sums(DType type, const GatherJob& job, const Matrix& x, const void* shares, int64_t first, int64_t last,
+                     void* out) {
+  return with_type(type, [&](auto in) {
+    using In = decltype(in);
+    return tie_sums_as<In>(job, x, static_cast<const AccOf<In>*>(shares), first, last, static_cast<In*>(out));
+  });
+}
+static void narrow_all(DType type, const void* in, int64_t n, void* out) {
+  with_type(type, [&](auto kind) {
+    using In = decltype(kind);
+    narrow_run(static_cast<const AccOf<In>*>(in), n, static_cast<In*>(out));
+  });
+}
 static int64_t multiply_adds(DType type, int64_t repeats, void* scratch) {
   return with_type(type, [&](auto in) {
     using K = typename ArithmeticOf<decltype(in)>::type;
@@ -125,10 +174,28 @@ static int64_t multiply_adds(DType type, int64_t repeats, void* scratch) {
   });
 }
 
-constexpr Kernels kTable{
-    MTL_ISA_NAME, panels_bytes,        panel_count, pack_panels, rows_scratch_bytes, rows,
-    kOuterRows,   outer_scratch_bytes, outer,       sum_parts,   count_labels_of,    loss_scratch_bytes,
-    loss_tile,    multiply_adds,       widen_all};
+constexpr Kernels kTable{MTL_ISA_NAME,
+                         panels_bytes,
+                         panel_count,
+                         pack_panels,
+                         rows_scratch_bytes,
+                         rows,
+                         kOuterRows,
+                         outer_scratch_bytes,
+                         outer,
+                         sum_parts,
+                         count_labels_of,
+                         loss_scratch_bytes,
+                         loss_tile,
+                         gather,
+                         gather_edges,
+                         combine,
+                         edge_dots,
+                         tie_shares,
+                         tie_sums,
+                         narrow_all,
+                         multiply_adds,
+                         widen_all};
 
 }  // namespace
 }  // namespace mtl

@@ -34,7 +34,7 @@ void multiply(const Kernels& k, DType type, const Columns& a, const Matrix& b, c
                  gathered = make_buffer(a.scratch_bytes(step, a.cols()));
     for (int64_t r = begin; r < end; r += step) {
       const Matrix tile = a.tile(r, std::min(r + step, end), 0, a.cols(), gathered.get());
-      k.rows(type, tile, panels.get(), b.cols, bias, static_cast<char*>(out) + r * out_row_bytes, b.cols,
+      k.rows(type, tile, panels.get(), b.cols, bias, false, static_cast<char*>(out) + r * out_row_bytes, b.cols,
              scratch.get());
     }
   });
@@ -132,34 +132,35 @@ std::tuple<Tensor, Tensor, Tensor> multi_head_linear_backward(const std::vector<
   char* const dx_out = with_dx ? static_cast<char*>(dx.mutable_data_ptr()) : nullptr;
   const int64_t dx_row_bytes = xm.cols * element_bytes(type);
 
-  parallel_for(
-      0, shares.units(), grain(xm.rows * w.rows * std::max<int64_t>(1, d) / shares.units()),
-      [&](int64_t begin, int64_t end) {
-        const Buffer scratch = make_buffer(
-            std::max(k.outer_scratch_bytes(type, Shares::kBlockK, Shares::kBlockD), k.rows_scratch_bytes(type)));
-        const Buffer gathered = make_buffer(g.scratch_bytes(k.outer_rows, Shares::kBlockK));
-        for (int64_t unit = begin; unit < end; ++unit) {
-          const int64_t block_d = unit % blocks_d, block_k = unit / blocks_d % shares.blocks_k;
-          const int64_t slice = unit / blocks_d / shares.blocks_k;
-          const int64_t k0 = shares.edge_k(block_k), k1 = shares.edge_k(block_k + 1);
-          const int64_t d0 = shares.edge_d(block_d), d1 = shares.edge_d(block_d + 1);
-          char* const slice_sum = direct ? nullptr : static_cast<char*>(sums.get()) + slice * part * acc;
-          char* const sum = d ? (direct ? dw_out : slice_sum) + (k0 * d + d0) * acc : nullptr;
-          char* column_sum = nullptr;
-          if (need_bias && block_d == 0) column_sum = (direct ? db_out : slice_sum + w.rows * d * acc) + k0 * acc;
-          for (int64_t i = 0; i < k1 - k0 && d1 > d0; ++i) std::memset(sum + i * d * acc, 0, (d1 - d0) * acc);
-          if (column_sum) std::memset(column_sum, 0, (k1 - k0) * acc);
-          const int64_t first = shares.row(slice), rows = shares.row(slice + 1) - first;
-          const int64_t tiles = (rows + k.outer_rows - 1) / k.outer_rows;
-          for (int64_t tile = 0; tile < tiles; ++tile) {
-            const int64_t r0 = first + rows * tile / tiles, r1 = first + rows * (tile + 1) / tiles;
-            const Matrix g_tile = g.tile(r0, r1, k0, k1, gathered.get());
-            k.outer(type, g_tile, xm.part(type, r0, r1, d0, d1), sum, d, column_sum, scratch.get());
-            if (with_dx)
-              k.rows(type, g_tile, panels.get(), w.cols, nullptr, dx_out + r0 * dx_row_bytes, w.cols, scratch.get());
-          }
-        }
-      });
+  parallel_for(0, shares.units(), grain(xm.rows * w.rows * std::max<int64_t>(1, d) / shares.units()),
+               [&](int64_t begin, int64_t end) {
+                 const Buffer scratch = make_buffer(std::max(
+                     k.outer_scratch_bytes(type, Shares::kBlockK, Shares::kBlockD), k.rows_scratch_bytes(type)));
+                 const Buffer gathered = make_buffer(g.scratch_bytes(k.outer_rows, Shares::kBlockK));
+                 for (int64_t unit = begin; unit < end; ++unit) {
+                   const int64_t block_d = unit % blocks_d, block_k = unit / blocks_d % shares.blocks_k;
+                   const int64_t slice = unit / blocks_d / shares.blocks_k;
+                   const int64_t k0 = shares.edge_k(block_k), k1 = shares.edge_k(block_k + 1);
+                   const int64_t d0 = shares.edge_d(block_d), d1 = shares.edge_d(block_d + 1);
+                   char* const slice_sum = direct ? nullptr : static_cast<char*>(sums.get()) + slice * part * acc;
+                   char* const sum = d ? (direct ? dw_out : slice_sum) + (k0 * d + d0) * acc : nullptr;
+                   char* column_sum = nullptr;
+                   if (need_bias && block_d == 0)
+                     column_sum = (direct ? db_out : slice_sum + w.rows * d * acc) + k0 * acc;
+                   for (int64_t i = 0; i < k1 - k0 && d1 > d0; ++i) std::memset(sum + i * d * acc, 0, (d1 - d0) * acc);
+                   if (column_sum) std::memset(column_sum, 0, (k1 - k0) * acc);
+                   const int64_t first = shares.row(slice), rows = shares.row(slice + 1) - first;
+                   const int64_t tiles = (rows + k.outer_rows - 1) / k.outer_rows;
+                   for (int64_t tile = 0; tile < tiles; ++tile) {
+                     const int64_t r0 = first + rows * tile / tiles, r1 = first + rows * (tile + 1) / tiles;
+                     const Matrix g_tile = g.tile(r0, r1, k0, k1, gathered.get());
+                     k.outer(type, g_tile, xm.part(type, r0, r1, d0, d1), sum, d, column_sum, scratch.get());
+                     if (with_dx)
+                       k.rows(type, g_tile, panels.get(), w.cols, nullptr, false, dx_out + r0 * dx_row_bytes, w.cols,
+                              scratch.get());
+                   }
+                 }
+               });
   if (!direct) {
     const char* s = static_cast<const char*>(sums.get());
     if (need_weight)

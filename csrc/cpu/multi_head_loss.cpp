@@ -192,8 +192,8 @@ void gramian_of(const Kernels& k, DType type, const std::vector<TaskSpec>& specs
       const int64_t first = specs[i].begin, last = first + specs[i].width;
       for (int64_t a0 = first; a0 < last; a0 += kRows) {
         const int64_t rows = std::min(kRows, last - a0);
-        k.rows(type, weight.part(type, a0, a0 + rows, 0, weight.cols), panels.get(), columns, nullptr, block.get(),
-               columns, scratch.get());
+        k.rows(type, weight.part(type, a0, a0 + rows, 0, weight.cols), panels.get(), columns, nullptr, false,
+               block.get(), columns, scratch.get());
         for (int64_t a = a0; a < a0 + rows; ++a) {
           const T *p = static_cast<const T*>(block.get()) + (a - a0) * columns, *q = s + a * columns;
           for (int64_t j = i; j < tasks; ++j) {

@@ -111,7 +111,7 @@ static void pack_panels_as(const Matrix& b, int64_t first, int64_t last, void* p
   }
 }
 
-// ---- Rows: out = A * B + bias.
+// ---- Rows: out (+)= A * B + bias.
 // A part of the next tile's rows, asked for while this tile is worked on: bytes [begin, end) of each row.
 struct Ahead {
   const char* rows;  // or null
@@ -175,7 +175,7 @@ template <class T>
 constexpr int64_t kSumStride = kColumns + VectorOf<T>::lanes;
 
 template <class K, class In>
-static void rows_as(const Matrix& a, const void* panels, int64_t n, const void* bias_in, void* out_in,
+static void rows_as(const Matrix& a, const void* panels, int64_t n, const void* bias_in, bool accumulate, void* out_in,
                     int64_t out_stride, void* scratch) {
   using E = typename K::Element;
   using T = typename K::Acc;
@@ -220,8 +220,8 @@ static void rows_as(const Matrix& a, const void* panels, int64_t n, const void* 
           ahead = {reinterpret_cast<const char*>(at<In>(a, i0 + rows, p0)),
                    a.row_stride * static_cast<int64_t>(sizeof(In)), a.rows - i0 - rows, 0,
                    (p1 - p0) * static_cast<int64_t>(sizeof(In))};
-        multiply_columns<K>(rows, elements, a_rows, a_stride, block, n, j0, j1, p0 > 0, p1 == a.cols ? bias : nullptr,
-                            c, c_stride, ahead);
+        multiply_columns<K>(rows, elements, a_rows, a_stride, block, n, j0, j1, accumulate || p0 > 0,
+                            p1 == a.cols ? bias : nullptr, c, c_stride, ahead);
       }
       if constexpr (!kSameAccumulator<K, In>) {
         for (int64_t i = 0; i < rows; ++i)
