@@ -15,6 +15,9 @@ STABLE_TORCH_LIBRARY(torch_mtl_pyg, m) {
       "multi_head_loss(Tensor x, Tensor weight, Tensor? bias, Tensor[] targets, Tensor integers, Tensor reals, Tensor "
       "task_weight, bool need_x, bool need_weight, bool need_bias, bool need_gramian)"
       " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "group_edges(Tensor key, Tensor other, SymInt num_keys, SymInt num_others)"
+      " -> (Tensor ptr, Tensor index, Tensor perm)");
 
   m.def(
       "aggregate(Tensor x, Tensor ptr, Tensor index, Tensor? place, Tensor? edge_weight, Tensor? factors, int reduce)"
