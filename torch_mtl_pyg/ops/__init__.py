@@ -2,10 +2,21 @@
 
 from . import multi_head_linear as _multi_head_linear
 from . import multi_head_loss as _multi_head_loss
+from .aggregate import aggregate
+from .aggregate_linear import aggregate_linear
+from .group_edges import group_edges
 from .multi_head_linear import multi_head_linear, multi_head_linear_split
 from .multi_head_loss import multi_head_loss
 
-__all__ = ["multi_head_linear", "multi_head_linear_split", "multi_head_loss", "register"]
+__all__ = [
+    "aggregate",
+    "aggregate_linear",
+    "group_edges",
+    "multi_head_linear",
+    "multi_head_linear_split",
+    "multi_head_loss",
+    "register",
+]
 
 
 def register() -> None:
