@@ -253,6 +253,9 @@ def _from_matrix(matrix: Any, num_src: int, num_dst: int | None) -> Adjacency:
     elif matrix.layout is torch.sparse_csc:
         ptr, index, weight = matrix.ccol_indices(), matrix.row_indices(), matrix.values()
     else:
+        # Before summing: an index outside would pass for another one inside.
+        check_range("edge_index", "target", matrix._indices()[0], num_dst)
+        check_range("edge_index", "source", matrix._indices()[1], num_src)
         matrix = matrix.coalesce()
         ptr, index, weight = None, None, matrix.values()
     if weight is not None and weight.dim() != 1:
@@ -261,8 +264,6 @@ def _from_matrix(matrix: Any, num_src: int, num_dst: int | None) -> Adjacency:
         )
     if ptr is None:
         target, source = (_ordinary(index) for index in matrix.indices().detach())
-        check_range("edge_index", "source", source, num_src)
-        check_range("edge_index", "target", target, num_dst)
         return Adjacency((source, target), num_src, num_dst, edge_weight=weight, loops=loops)
     if isinstance(matrix, Tensor) and matrix.layout is torch.sparse_csc:
         grouping = _compressed(ptr, index, num_src, num_dst, "target")

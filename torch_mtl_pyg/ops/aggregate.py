@@ -14,12 +14,16 @@ Sums of float32, bfloat16 and float16 are taken in float32, those of float64 in 
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
-from ..adjacency import Adjacency
 from . import reference_graph
 from ._checks import check_floating, check_same
 from ._dispatch import autocasts
+
+if TYPE_CHECKING:
+    from ..adjacency import Adjacency
 
 REDUCES = ("sum", "mean", "max", "min")
 
@@ -49,6 +53,8 @@ def aggregate(x: Tensor, adjacency: Adjacency, edge_weight: Tensor | None = None
 
 def check_graph(x: Tensor, adjacency: Adjacency, edge_weight: Tensor | None, reduce: str) -> Tensor | None:
     """Checks what the ops on graphs have in common. Returns ``edge_weight`` as they take it."""
+    from ..adjacency import Adjacency  # here, since it is built on an op itself
+
     if not isinstance(adjacency, Adjacency):
         raise TypeError(f"adjacency: expected an Adjacency, got {type(adjacency).__name__}.")
     if not isinstance(reduce, str):
@@ -63,6 +69,11 @@ def check_graph(x: Tensor, adjacency: Adjacency, edge_weight: Tensor | None, red
         return None
     if reduce in ("max", "min"):
         raise ValueError(f"edge_weight: expected None with reduce={reduce!r}, got {_kind(edge_weight)}.")
+    return check_edge_weight(edge_weight, adjacency, x)
+
+
+def check_edge_weight(edge_weight: Tensor, adjacency: Adjacency, x: Tensor) -> Tensor:
+    """Checks weights against the edges and the features; under autocast, casts them to the dtype of ``x``."""
     check_floating("edge_weight", edge_weight, 1, "[E]")
     if edge_weight.shape[0] != adjacency.num_edges:
         raise ValueError(

@@ -15,14 +15,17 @@ every task has its own. The two sides are cut independently: shared neighbours m
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ..adjacency import Adjacency
 from . import reference_graph
 from ._checks import check_floating, check_same
 from ._dispatch import autocast_to, autocasts
 from .aggregate import check_graph
+
+if TYPE_CHECKING:
+    from ..adjacency import Adjacency
 
 
 def aggregate_linear(
