@@ -3,7 +3,16 @@
 from ._version import __version__
 from .backend import backend_info, use_backend
 from .balancing.cosine import task_cosine
-from .nn import MultiTaskHeads
+from .nn import MultiTaskConv, MultiTaskHeads
 from .task import Task, TaskLosses
 
-__all__ = ["MultiTaskHeads", "Task", "TaskLosses", "__version__", "backend_info", "task_cosine", "use_backend"]
+__all__ = [
+    "MultiTaskConv",
+    "MultiTaskHeads",
+    "Task",
+    "TaskLosses",
+    "__version__",
+    "backend_info",
+    "task_cosine",
+    "use_backend",
+]

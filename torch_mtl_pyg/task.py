@@ -99,18 +99,21 @@ class TaskLayout:
 
     Args:
         tasks: Name to :class:`Task`, or to the width alone.
+        argument: What the messages call it.
 
     Raises:
         TypeError: ``tasks`` is no mapping, or holds a name that is no string or a value that is neither Task nor int.
         ValueError: ``tasks`` is empty, or holds an empty name or a width below 1.
     """
 
-    def __init__(self, tasks: Mapping[str, Task | int]) -> None:
+    def __init__(self, tasks: Mapping[str, Task | int], argument: str = "tasks") -> None:
         if not isinstance(tasks, Mapping):
-            raise TypeError(f"tasks: expected a dict from name to Task or int, got {type(tasks).__name__}.")
+            raise TypeError(f"{argument}: expected a dict from name to Task or int, got {type(tasks).__name__}.")
         if not tasks:
-            raise ValueError("tasks: expected at least one task, got an empty dict.")
-        self.tasks: Mapping[str, Task] = MappingProxyType({name: as_task(name, task) for name, task in tasks.items()})
+            raise ValueError(f"{argument}: expected at least one task, got an empty dict.")
+        self.tasks: Mapping[str, Task] = MappingProxyType(
+            {name: as_task(name, task, argument) for name, task in tasks.items()}
+        )
         self.names = tuple(self.tasks)
         self.widths = tuple(task.out_channels for task in self.tasks.values())
         self.total = sum(self.widths)

@@ -1,5 +1,6 @@
 """The layers."""
 
+from .conv import MultiTaskConv
 from .heads import MultiTaskHeads
 
-__all__ = ["MultiTaskHeads"]
+__all__ = ["MultiTaskConv", "MultiTaskHeads"]

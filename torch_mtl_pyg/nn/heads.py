@@ -17,6 +17,7 @@ from ..task import Task, TaskLayout, TaskLosses, as_task, checked_integer
 from . import freezing, repacking
 from .loss import Labels, losses_of_all, losses_of_one, routed_labels
 from .routing import check_routes, route
+from .saving import describe_tasks, wrong_tasks
 
 
 class MultiTaskHeads(nn.Module):
@@ -308,9 +309,7 @@ class MultiTaskHeads(nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        metadata = getattr(destination, "_metadata", None)
-        if metadata is not None and prefix[:-1] in metadata:
-            metadata[prefix[:-1]]["tasks"] = self.layout.describe()
+        describe_tasks(destination, prefix, self.layout)
 
     def _load_from_state_dict(
         self,
@@ -322,10 +321,9 @@ class MultiTaskHeads(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        saved = local_metadata.get("tasks")
-        mine = self.layout.describe()
-        if saved is not None and [tuple(entry) for entry in saved] != mine:
-            error_msgs.append(f"{prefix}tasks: expected {mine} (name, width), got {saved}.")
+        wrong = wrong_tasks(local_metadata, prefix, self.layout)
+        if wrong:
+            error_msgs.append(wrong)
             return
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..ops import multi_head_linear
+from ..ops.multi_head_linear import multi_head_linear
 from ..task import TaskLayout
 
 

@@ -1,17 +1,30 @@
 """The ops: one file each, with the maths, the checks, and what PyTorch has to know about it."""
 
+from . import _aggregate, _aggregate_linear
 from . import group_edges as _group_edges
 from . import multi_head_linear as _multi_head_linear
 from . import multi_head_loss as _multi_head_loss
+from .aggregate import aggregate
+from .aggregate_linear import aggregate_linear
 from .group_edges import group_edges
 from .multi_head_linear import multi_head_linear, multi_head_linear_split
 from .multi_head_loss import multi_head_loss
 
-__all__ = ["group_edges", "multi_head_linear", "multi_head_linear_split", "multi_head_loss", "register"]
+__all__ = [
+    "aggregate",
+    "aggregate_linear",
+    "group_edges",
+    "multi_head_linear",
+    "multi_head_linear_split",
+    "multi_head_loss",
+    "register",
+]
 
 
 def register() -> None:
     """Tells PyTorch the shapes, derivatives and autocast rules of the compiled ops. Called once they are loaded."""
     _group_edges.register()
+    _aggregate.register()
+    _aggregate_linear.register()
     _multi_head_linear.register()
     _multi_head_loss.register()

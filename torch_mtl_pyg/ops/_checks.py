@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 
@@ -47,3 +48,55 @@ def check_same(name: str, value: Tensor, like_name: str, like: Tensor, dtype: bo
         raise TypeError(f"{name}: expected the dtype of {like_name}, {like.dtype}, got {value.dtype}.")
     if value.device != like.device:
         raise ValueError(f"{name}: expected the device of {like_name}, {like.device}, got {value.device}.")
+
+
+def check_indices(name: str, value: object) -> None:
+    """A dense int64 vector.
+
+    Raises:
+        TypeError: No tensor, not strided, or of another dtype.
+        ValueError: Another shape.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected an int64 tensor [E], got {type(value).__name__}.")
+    if value.layout is not torch.strided:
+        raise TypeError(f"{name}: expected a dense (strided) tensor, got layout {value.layout}.")
+    if value.dtype != torch.int64:
+        raise TypeError(f"{name}: expected int64 indices, got {value.dtype}.")
+    if value.dim() != 1:
+        raise ValueError(f"{name}: expected shape [E], got {list(value.shape)}.")
+
+
+def check_range(name: str, what: str, index: Tensor, count: int) -> None:
+    """Indices in ``[0, count)``.
+
+    Args:
+        name: The argument, for the message.
+        what: What an index stands for: "source", "target".
+        index: ``[E]`` integers.
+        count: How many there are to point to.
+
+    Raises:
+        IndexError: An index is outside. In a compiled function, where values are not known, the error is PyTorch's
+            assertion, at run time; so it is while a CUDA graph is captured.
+    """
+    if index.device.type == "meta" or index.shape[0] == 0:
+        return
+    if torch.compiler.is_compiling() or (index.is_cuda and torch.cuda.is_current_stream_capturing()):
+        low, high = torch.aminmax(index)
+        torch._assert_async((low >= 0) & (high < count), f"{name}: expected every {what} in [0, {count})")
+        return
+    if not has_values(index):
+        return
+    smallest, largest = (int(value) for value in torch.aminmax(index))
+    if smallest >= 0 and largest < count:
+        return
+    edge = int(((index < 0) | (index >= count)).nonzero()[0])
+    raise IndexError(f"{name}: expected every {what} in [0, {count}), got {int(index[edge])} at edge {edge}.")
+
+
+def has_values(t: Tensor) -> bool:
+    """Whether Python may look at the values: not for fake tensors, and not inside the transforms of torch.func."""
+    return not (
+        t.device.type == "meta" or isinstance(t, FakeTensor) or torch._C._functorch.is_functorch_wrapped_tensor(t)
+    )

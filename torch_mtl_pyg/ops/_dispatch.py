@@ -40,6 +40,11 @@ def runs_fused(device: str) -> bool:
     return False
 
 
+def autocasts(device_type: str) -> bool:
+    """Whether autocast is on for a type of device."""
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
 def autocast_to(device_type: str, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """The arguments as a matrix product takes them under autocast: floating point, but for float64, in its dtype."""
     dtype = torch.get_autocast_dtype(device_type)
@@ -55,7 +60,7 @@ def prepare(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Ten
     if bias is not None:
         check_floating("bias", bias, 1, "[{}]", weight, 0)
     device = x.device.type
-    if device != "meta" and torch.is_autocast_enabled(device):
+    if autocasts(device):
         x, weight, bias = autocast_to(device, x, weight, bias)  # type: ignore[assignment]
     check_same("x", x, "weight", weight)
     if bias is not None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch_geometric.index import ptr2index
 
-from .group_edges import group_checked
+from .group_edges import group_edges
 
 if TYPE_CHECKING:
     from ..adjacency import Adjacency
@@ -39,7 +39,7 @@ class Edges:
         if self.adjacency is not None:
             return self.adjacency.by_source()
         target = self.target()
-        ptr, index, perm = group_checked(self.index, target, self.num_src)
+        ptr, index, perm = group_edges(self.index, target, self.num_src, self.ptr.shape[0] - 1)
         return ptr, index, perm if self.place is None else self.place[perm]
 
     def target(self) -> Tensor:
