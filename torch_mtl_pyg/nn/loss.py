@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..labels import FLOATING, MISSING, check_values, label_columns, labelled, missing_value, split_labels
-from ..ops import multi_head_linear, multi_head_loss
 from ..ops._checks import check_floating, check_same
+from ..ops.multi_head_linear import multi_head_linear
+from ..ops.multi_head_loss import multi_head_loss
 from ..task import Task, TaskLayout, TaskLosses
 from .routing import check_routes
 

@@ -23,6 +23,7 @@ from . import _aggregate, reference_graph
 from ._aggregate import again, differentiable
 from ._dispatch import LIBRARY
 from ._edges import MEAN, SUM, Edges, rows, vector
+from .reference import wide
 
 _NAME = "torch_mtl_pyg::aggregate_linear"
 
@@ -137,7 +138,7 @@ def gradients(
 ) -> Arguments:
     """The gradients in the order of the arguments; None where not needed. ``aggregated``: where it was kept."""
     ops = torch.ops.torch_mtl_pyg
-    x, edge_weight, weights, root, root_weights, bias = args
+    x, edge_weight, weights, root, root_weights, _ = args
     grad = rows(grad)
     dx = d_edge = d_root = d_bias = None
     d_weights: tuple[Tensor | None, ...] = (None,) * len(weights)
@@ -202,7 +203,7 @@ def _block_gradients(
 
 
 def _by_reference(args: Arguments, edges: Edges, reduce: int) -> Tensor:
-    h = _aggregate.by_reference(edges, reduce, reference_graph.wide(args.x), args.edge_weight)
+    h = _aggregate.by_reference(edges, reduce, wide(args.x), args.edge_weight)
     return reference_graph.project(h, args.weights, args.bias, args.root, args.root_weights or None).to(args.x.dtype)
 
 
@@ -230,7 +231,6 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
     x, ptr, index, place, edge_weight, weights, root, root_weights, bias, ctx.reduce, _, keep = inputs
     args = Arguments(x, edge_weight, tuple(weights), root, tuple(root_weights), bias)
     ctx.blocks, ctx.root_is_x = len(weights), root is x
-    ctx.mark_non_differentiable(output[1]) if hasattr(ctx, "mark_non_differentiable") else None
     if not keep and keeps(args, ctx.reduce) and ctx.reduce not in (SUM, MEAN):
         raise NotImplementedError("keep: expected True in a call of max or min that needs gradients.")
     ctx.save_for_backward(ptr, index, place, output[1] if keep else None, *args.flat())

@@ -44,7 +44,8 @@ class Edges:
 
     def target(self) -> Tensor:
         """``[E]``, the target of each edge in the order of ``index``."""
-        return ptr2index(self.ptr, output_size=self.index.shape[0])
+        target: Tensor = ptr2index(self.ptr, output_size=self.index.shape[0])
+        return target
 
     def shares(self, like: Tensor) -> Tensor:
         """``[N_dst]``: one over the number of edges of each target, in the dtype of sums."""
