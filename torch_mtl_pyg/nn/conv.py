@@ -20,7 +20,8 @@ from torch_geometric.typing import OptPairTensor, OptTensor  # noqa: F401 (the c
 from .. import backend
 from ..adjacency import Adjacency, edge_index_of, normalized
 from ..ops import aggregate_linear, multi_head_linear
-from ..ops._checks import check_floating, has_values
+from ..ops._checks import check_floating, check_same, has_values
+from ..ops._dispatch import autocasts
 from ..ops.aggregate import check_edge_weight
 from ..task import Task, TaskLayout
 from . import conv_modules, conv_parameters
@@ -234,8 +235,14 @@ class MultiTaskConv(MessagePassing):  # type: ignore[misc]
             same = x_src is x_dst and self.channels[0] == self.channels[1]
             targets = sources if same else read_features(names[1], x_dst, self.channels[1], self.layout)
         conv_parameters.settle(self, sources, targets)
+        strict = not autocasts(sources.packed.device.type)
+        check_same(names[0], sources.packed, "weight", conv_parameters.first(self.weight), strict)
+        if targets is not None:
+            check_same(names[1], targets.packed, "weight_root", conv_parameters.first(self.weight_root), strict)
         num_src, num_dst = self._sizes(sources, x_dst, size)
         adjacency = Adjacency.of(edge_index, num_src, num_dst, self.flow)
+        if adjacency.device != sources.packed.device:
+            raise ValueError(f"edge_index: expected the device of x, {sources.packed.device}, got {adjacency.device}.")
         edge_weight = self._weights(adjacency, edge_weight, sources.packed)
         if self.normalize:
             reduce = REDUCES.get(type(self.aggr_module), "")

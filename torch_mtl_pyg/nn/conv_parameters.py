@@ -62,6 +62,12 @@ def rows_of(weight: Weights, layout: TaskLayout, task: int) -> Tensor | None:
     return weight[layout.slices[layout.names[task]]]
 
 
+def first(weight: Any) -> Tensor:
+    """One of the tensors of a weight: all have its dtype and device."""
+    tensor: Tensor = weight[0] if isinstance(weight, nn.ParameterList) else weight
+    return tensor
+
+
 def block_weights(weight: Any, features: Features, layout: TaskLayout) -> Sequence[Tensor]:
     """The blocks of weights that read these features: one for all tasks, or one for each."""
     if isinstance(weight, nn.ParameterList):
