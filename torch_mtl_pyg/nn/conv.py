@@ -20,7 +20,8 @@ from torch_geometric.typing import OptPairTensor, OptTensor  # noqa: F401 (the c
 from .. import backend
 from ..adjacency import Adjacency, edge_index_of, normalized
 from ..ops import aggregate_linear, multi_head_linear
-from ..ops._checks import check_floating, has_values
+from ..ops._checks import check_floating, check_same, has_values
+from ..ops._dispatch import autocasts
 from ..ops.aggregate import check_edge_weight
 from ..task import Task, TaskLayout
 from . import conv_modules, conv_parameters
@@ -54,9 +55,9 @@ class MultiTaskConv(MessagePassing):  # type: ignore[misc]
     alone, and all tasks are still aggregated at once. So layers stack into one tower per task.
 
     Args:
-        in_channels: Size ``F`` of the features, or -1 to take it from the first call. A pair for bipartite graphs:
-            sizes of the nodes in ``edge_index[0]`` and in ``edge_index[1]``. In place of an int, a dict from task to
-            int: every task has features of its own, and ``weight`` is a ``ParameterList`` of ``[C_t, F_t]``, in packing
+        in_channels: Size ``F`` of the features, or -1 to take it from the first call. A pair for bipartite graphs: of
+            the nodes that messages come from, and of those they go to. In place of an int, a dict from task to int:
+            every task has features of its own, and ``weight`` is a ``ParameterList`` of ``[C_t, F_t]``, in packing
             order.
         out_channels: Name to width, or to :class:`~torch_mtl_pyg.Task`; the order is the packing order.
         aggr: ``"sum"`` (also ``"add"``), ``"mean"``, ``"max"`` and ``"min"`` are fused. Anything else PyG knows, a list
@@ -165,11 +166,6 @@ class MultiTaskConv(MessagePassing):  # type: ignore[misc]
         """Columns ``K`` of the packed output."""
         return self.layout.total
 
-    @property
-    def _sides(self) -> tuple[int, int]:
-        """Which of a pair messages come from, and which they go to."""
-        return (0, 1) if self.flow == "source_to_target" else (1, 0)
-
     def reset_parameters(self) -> None:
         r"""Draws all parameters anew, task by task as ``SAGEConv`` or ``GCNConv`` do.
 
@@ -199,14 +195,14 @@ class MultiTaskConv(MessagePassing):  # type: ignore[misc]
         """Computes all tasks.
 
         Args:
-            x: Node features: ``[N, F]``, ``[N, T, F]`` or a dict from task to ``[N, F_t]``; or a pair of those for the
-                nodes in ``edge_index[0]`` and in ``edge_index[1]``. Those that messages go to may be None: then no
-                ``weight_root`` is used, and ``size`` says how many they are. Columns of one matrix in packing order,
-                as another layer returns them, are not copied.
+            x: Node features: ``[N, F]``, ``[N, T, F]`` or a dict from task to ``[N, F_t]``; or a pair of those,
+                ``(x_src, x_dst)``, for the nodes that messages come from and go to, whatever the flow. ``x_dst`` may be
+                None: then no ``weight_root`` is used, and ``size`` says how many they are. Columns of one matrix in
+                packing order, as another layer returns them, are not copied.
             edge_index: ``[2, E]`` int64, as tensor or ``EdgeIndex`` (grouped once, and kept), or the transposed
                 adjacency matrix ``[N_dst, N_src]``, ``torch.sparse`` or ``torch_sparse``, whose values are weights.
             edge_weight: ``[E]``, or None: 1.
-            size: Numbers of nodes in ``edge_index[0]`` and ``edge_index[1]``, or None: those of ``x``.
+            size: Numbers of nodes that messages come from and go to, either may be None; or None: those of ``x``.
 
         Returns:
             ``dict`` of name to ``[N_dst, C_t]``, views of one packed buffer; with ``return_packed``, that buffer.
@@ -231,26 +227,29 @@ class MultiTaskConv(MessagePassing):  # type: ignore[misc]
 
         Arguments and errors are those of :meth:`forward`.
         """
-        sending, receiving = self._sides
-        pair = self._pair(x)
-        sources = read_features(self._name(x, sending), pair[sending], self.channels[sending], self.layout)
+        x_src, x_dst = self._pair(x)
+        names = ("x[0]", "x[1]") if isinstance(x, (tuple, list)) else ("x", "x")
+        sources = read_features(names[0], x_src, self.channels[0], self.layout)
         targets = None
-        if self.root_weight and pair[receiving] is not None:
-            targets = (
-                sources
-                if pair[0] is pair[1] and self.channels[0] == self.channels[1]
-                else read_features(self._name(x, receiving), pair[receiving], self.channels[receiving], self.layout)
-            )
+        if self.root_weight and x_dst is not None:
+            same = x_src is x_dst and self.channels[0] == self.channels[1]
+            targets = sources if same else read_features(names[1], x_dst, self.channels[1], self.layout)
         conv_parameters.settle(self, sources, targets)
-        num_src, num_dst = self._sizes(sources, pair[receiving], size)
+        strict = not autocasts(sources.packed.device.type)
+        check_same(names[0], sources.packed, "weight", conv_parameters.first(self.weight), strict)
+        if targets is not None:
+            check_same(names[1], targets.packed, "weight_root", conv_parameters.first(self.weight_root), strict)
+        num_src, num_dst = self._sizes(sources, x_dst, size)
         adjacency = Adjacency.of(edge_index, num_src, num_dst, self.flow)
+        if adjacency.device != sources.packed.device:
+            raise ValueError(f"edge_index: expected the device of x, {sources.packed.device}, got {adjacency.device}.")
         edge_weight = self._weights(adjacency, edge_weight, sources.packed)
         if self.normalize:
             reduce = REDUCES.get(type(self.aggr_module), "")
             adjacency, edge_weight = normalized(adjacency, edge_weight, sources.packed.dtype, reduce)
         fused = self._fused_reduce(edge_weight)
         if fused is None:
-            return self._over_messages(sources, targets, pair, adjacency, edge_weight)
+            return self._over_messages(sources, targets, (x_src, x_dst), adjacency, edge_weight)
         return aggregate_linear(
             sources.packed,
             adjacency,
@@ -287,24 +286,18 @@ class MultiTaskConv(MessagePassing):  # type: ignore[misc]
             raise ValueError(f"x: expected features or a pair of them, got {len(x)}.")
         return x[0], x[1]
 
-    @staticmethod
-    def _name(x: Any, side: int) -> str:
-        return f"x[{side}]" if isinstance(x, (tuple, list)) else "x"
-
-    def _sizes(self, sources: Features, receivers: Any, size: Any) -> tuple[int, int | None]:
+    def _sizes(self, sources: Features, x_dst: Any, size: Any) -> tuple[int, int | None]:
         """How many nodes send and receive; None: what the edges say."""
-        sending, receiving = self._sides
-        known = [0, 0]
-        known[sending] = sources.packed.shape[0]
-        num_dst: int | None = None if receivers is None else num_rows(receivers)
+        num_src = sources.packed.shape[0]
+        num_dst: int | None = None if x_dst is None else num_rows(x_dst)
         if size is None:
-            return known[sending], num_dst
+            return num_src, num_dst
         if not isinstance(size, (tuple, list)) or len(size) != 2:
             raise ValueError(f"size: expected a pair of numbers of nodes, got {size!r}.")
-        known[receiving] = size[receiving] if num_dst is None else num_dst
+        known = (num_src, size[1] if num_dst is None else num_dst)
         if any(given not in (None, own) for given, own in zip(size, known, strict=True)):
-            raise ValueError(f"size: expected {tuple(known)}, the rows of x, got {tuple(size)}.")
-        return known[sending], known[receiving]
+            raise ValueError(f"size: expected {known}, the rows of x, got {tuple(size)}.")
+        return known
 
     def _weights(self, adjacency: Adjacency, edge_weight: Any, x: Tensor) -> Tensor | None:
         if adjacency.edge_weight is not None:
@@ -342,24 +335,22 @@ class MultiTaskConv(MessagePassing):  # type: ignore[misc]
         adjacency: Adjacency,
         edge_weight: Tensor | None,
     ) -> Tensor:
-        sending, receiving = self._sides
-        sizes = [0, 0]
-        sizes[sending], sizes[receiving] = adjacency.num_src, adjacency.num_dst
+        forward = self.flow == "source_to_target"
+        n, m = adjacency.num_src, adjacency.num_dst
+        size = (n, m) if forward else (m, n)
         edge_index = edge_index_of(adjacency, self.flow)
-        x: Any = [sources.packed, sources.packed]
-        if pair[0] is pair[1]:
-            x = sources.packed
-        else:
-            other = targets.packed if targets is not None else pair[receiving]
-            x[receiving] = other if isinstance(other, Tensor) and other.dim() == 2 else None
-            x = tuple(x)
-        if sources.widths is None or type(self.aggr_module) in REDUCES:
+        # An aggregation that may mix columns sees each task alone.
+        alone = sources.widths is not None and type(self.aggr_module) not in REDUCES
+        columns = sources.packed.split(sources.widths, dim=1) if alone else (sources.packed,)
+        aggregated = []
+        for own in columns:
+            x: Any = own
+            # Our own messages need no targets; those of a subclass may.
+            if not self._plain and pair[0] is not pair[1]:
+                other = pair[1] if targets is None else targets.packed
+                x = (own, other if isinstance(other, Tensor) and other.dim() == 2 else None)
             # propagate_type: (x: OptPairTensor, edge_weight: OptTensor)
-            aggregated = [self.propagate(edge_index, x=x, edge_weight=edge_weight, size=tuple(sizes))]
-        else:  # an aggregation that may mix columns sees each task alone
-            columns = sources.packed.split(sources.widths, dim=1)
-            each = columns if pair[0] is pair[1] else [(c, None) if sending == 0 else (None, c) for c in columns]
-            aggregated = [self.propagate(edge_index, x=own, edge_weight=edge_weight, size=tuple(sizes)) for own in each]
+            aggregated.append(self.propagate(edge_index, x=x, edge_weight=edge_weight, size=size))
         weights = block_weights(self.weight, sources, self.layout)
         if len(aggregated) < len(weights):
             aggregated = list(aggregated[0].split([weight.shape[1] for weight in weights], dim=1))

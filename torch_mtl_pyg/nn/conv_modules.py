@@ -50,6 +50,7 @@ def pack(cls: type[MultiTaskConv], modules: Mapping[str, nn.Module]) -> MultiTas
             parts[next(iter(parts))][2] is not None,
             flow=first.flow,
         )
+    conv.aggr_module = copy.deepcopy(first.aggr_module)
     for name, own in zip(("weight", "weight_root", "bias"), zip(*parts.values(), strict=True), strict=True):
         if own[0] is None:
             continue

@@ -25,10 +25,9 @@ Weights = nn.Parameter | nn.ParameterList | None
 
 def create(conv: MultiTaskConv, bias: bool) -> None:
     """Gives a layer its parameters, without values."""
-    sending, receiving = conv._sides
-    conv.weight = _new(_aggregated(conv, conv.channels[sending]), conv.layout)
+    conv.weight = _new(_aggregated(conv, conv.channels[0]), conv.layout)
     if conv.root_weight:
-        conv.weight_root = _new(conv.channels[receiving], conv.layout)
+        conv.weight_root = _new(conv.channels[1], conv.layout)
     else:
         conv.register_parameter("weight_root", None)
     conv.register_parameter("bias", nn.Parameter(torch.zeros(conv.layout.total)) if bias else None)
@@ -61,6 +60,12 @@ def rows_of(weight: Weights, layout: TaskLayout, task: int) -> Tensor | None:
         own: Tensor = weight[task]
         return own
     return weight[layout.slices[layout.names[task]]]
+
+
+def first(weight: Any) -> Tensor:
+    """One of the tensors of a weight: all have its dtype and device."""
+    tensor: Tensor = weight[0] if isinstance(weight, nn.ParameterList) else weight
+    return tensor
 
 
 def block_weights(weight: Any, features: Features, layout: TaskLayout) -> Sequence[Tensor]:
@@ -109,7 +114,7 @@ def settle(conv: MultiTaskConv, sources: Features, targets: Features | None) -> 
     """
     if not is_lazy(conv):
         return
-    for name, side, features in zip(("weight", "weight_root"), conv._sides, (sources, targets), strict=True):
+    for side, (name, features) in enumerate((("weight", sources), ("weight_root", targets))):
         if features is None or not isinstance(getattr(conv, name), UninitializedParameter):
             continue
         width = features.packed.shape[1] if features.widths is None else features.widths[0]
@@ -121,7 +126,7 @@ def settle(conv: MultiTaskConv, sources: Features, targets: Features | None) -> 
 
 def settle_for(conv: MultiTaskConv, state_dict: Any, prefix: str) -> None:
     """Has parameters with and without a shape take the place of each other, as a ``state_dict`` holds them."""
-    for name, side in zip(("weight", "weight_root"), conv._sides, strict=True):
+    for side, name in enumerate(("weight", "weight_root")):
         saved, mine = state_dict.get(f"{prefix}{name}"), getattr(conv, name)
         if saved is None or isinstance(mine, nn.ParameterList) or mine is None:
             continue
