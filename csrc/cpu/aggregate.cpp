@@ -27,12 +27,6 @@ constexpr int64_t kRows = 32;   // rows of a tile
 
 ScalarType sums_dtype(DType type) { return type == DType::kFloat64 ? ScalarType::Double : ScalarType::Float; }
 
-GatherJob job_of(const Tensor& x, DType type, const Neighbours& graph, int64_t reduce) {
-  GatherJob job{graph, reduce_of(reduce), nullptr, 0, 0, nullptr, type, nullptr, nullptr, nullptr, 0};
-  set_rows(job, x, type, "x");
-  return job;
-}
-
 // f(first row, last row) -> whether all edges were in range, over all rows.
 template <class F>
 void each_part(const std::vector<int64_t>& borders, int64_t work, F f) {
@@ -41,14 +35,14 @@ void each_part(const std::vector<int64_t>& borders, int64_t work, F f) {
   parallel_for(0, parts, grain(work / parts + 1), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) good[i] = f(borders[i], borders[i + 1]);
   });
-  check_edges(std::find(good.begin(), good.end(), 0) == good.end());
+  check_good(good);
 }
 
 Tensor aggregate(const Tensor& x, const Tensor& ptr, const Tensor& index, const std::optional<Tensor>& place,
                  const std::optional<Tensor>& edge_weight, const std::optional<Tensor>& factors, int64_t reduce) {
   const DType type = dtype_of(x, "x");
   const Kernels& k = kernels();
-  GatherJob job = job_of(x, type, neighbours_of(ptr, index, place, x.size(0)), reduce);
+  GatherJob job = job_of(x, type, neighbours_of(ptr, index, place, x.size(0)), reduce_of(reduce), "x");
   set_coefficients(job, edge_weight, factors, sums_dtype(type));
   Tensor out = empty(x, {job.graph.rows, job.columns});
   if (job.graph.rows == 0 || job.columns == 0) return out;
@@ -56,11 +50,11 @@ Tensor aggregate(const Tensor& x, const Tensor& ptr, const Tensor& index, const 
   const int64_t columns = job.columns, acc = accumulator_bytes(type), bytes = columns * element_bytes(type);
   char* const to = static_cast<char*>(out.mutable_data_ptr());
   each_part(all.borders(kParts, 1), 4 * (job.graph.edges + job.graph.rows) * columns, [&](int64_t first, int64_t last) {
-    if (acc == element_bytes(type)) return k.gather(type, all.job, first, last, false, to + first * bytes, columns);
+    if (acc == element_bytes(type)) return all.gather(k, type, first, last, false, to + first * bytes);
     const Buffer tile = make_buffer(kRows * columns * acc);
     for (int64_t r = first; r < last; r += kRows) {
       const int64_t rows = std::min(kRows, last - r);
-      if (!k.gather(type, all.job, r, r + rows, false, tile.get(), columns)) return false;
+      if (!all.gather(k, type, r, r + rows, false, tile.get())) return false;
       k.narrow(type, tile.get(), rows * columns, to + r * bytes);
     }
     return true;
@@ -72,9 +66,10 @@ Tensor aggregate_extreme_backward(const Tensor& grad, const Tensor& x, const Ten
                                   const Tensor& index, const Tensor& source_ptr, const Tensor& source_index) {
   const DType type = dtype_of(x, "x");
   const Kernels& k = kernels();
-  const GatherJob down = job_of(x, type, neighbours_of(ptr, index, std::nullopt, x.size(0)), 0);
+  const GatherJob down = job_of(x, type, neighbours_of(ptr, index, std::nullopt, x.size(0)), Reduce::kSum, "x");
   check_cpu_matrix(grad, "grad", type);
-  const GatherJob up = job_of(result, type, neighbours_of(source_ptr, source_index, std::nullopt, result.size(0)), 0);
+  const GatherJob up = job_of(result, type, neighbours_of(source_ptr, source_index, std::nullopt, result.size(0)),
+                              Reduce::kSum, "result");
   for (const Tensor* t : {&grad, &result}) {
     check_size(t->size(0), down.graph.rows, "grad, result: size of dimension 0");
     check_size(t->size(1), down.columns, "grad, result: size of dimension 1");
@@ -100,9 +95,9 @@ Tensor edge_dots(const Tensor& a, const Tensor& x, const Tensor& ptr, const Tens
                  const std::optional<Tensor>& place, int64_t reduce) {
   const DType type = dtype_of(x, "x");
   const Kernels& k = kernels();
-  const GatherJob job = job_of(x, type, neighbours_of(ptr, index, place, x.size(0)), reduce);
-  GatherJob own = job;
-  set_rows(own, a, type, "a");
+  const GatherJob job = job_of(x, type, neighbours_of(ptr, index, place, x.size(0)), reduce_of(reduce), "x");
+  check_cpu_matrix(a, "a", type);
+  STD_TORCH_CHECK(a.stride(1) == 1 || a.size(1) <= 1, "a: expected contiguous columns");
   check_size(a.size(0), job.graph.rows, "a: size of dimension 0");
   check_size(a.size(1), job.columns, "a: size of dimension 1");
   Tensor out = empty(x, {job.graph.edges});

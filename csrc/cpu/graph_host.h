@@ -39,8 +39,17 @@ inline Reduce reduce_of(int64_t reduce) {
   return static_cast<Reduce>(reduce);
 }
 
-inline void check_edges(bool in_range) {
-  STD_TORCH_CHECK(in_range, "index: expected rows of x and, in place, edges; got a number out of range");
+// good: of each share of the work, whether all its edges were in range.
+inline void check_good(const std::vector<char>& good) {
+  STD_TORCH_CHECK(std::find(good.begin(), good.end(), 0) == good.end(),
+                  "index: expected rows of x and, in place, edges; got a number out of range");
+}
+
+// A job without coefficients that gathers the rows of x.
+inline GatherJob job_of(const Tensor& x, DType type, const Neighbours& graph, Reduce reduce, const char* name) {
+  check_cpu_matrix(x, name, type);
+  STD_TORCH_CHECK(x.stride(1) == 1 || x.size(1) <= 1, name, ": expected contiguous columns");
+  return {graph, reduce, x.const_data_ptr(), x.size(1), x.stride(0), nullptr, type, nullptr, nullptr, nullptr, 0};
 }
 
 // Weights of the edges, and of the rows they read, where there are any.
@@ -62,14 +71,6 @@ inline void set_coefficients(GatherJob& job, const std::optional<Tensor>& weight
   }
   STD_TORCH_CHECK((!job.weights && !job.factors) || job.reduce == Reduce::kSum || job.reduce == Reduce::kMean,
                   "edge_weight: expected none for max and min");
-}
-
-inline void set_rows(GatherJob& job, const Tensor& x, DType type, const char* name) {
-  check_cpu_matrix(x, name, type);
-  STD_TORCH_CHECK(x.stride(1) == 1 || x.size(1) <= 1, name, ": expected contiguous columns");
-  job.x = x.const_data_ptr();
-  job.columns = x.size(1);
-  job.row_stride = x.stride(0);
 }
 
 // The rows of a job, those of hubs worked out by all threads. Which edges make a piece depends on the graph alone.
@@ -103,7 +104,7 @@ class Gathering {
                                  static_cast<char*>(parts.get()) + i * bytes);
       }
     });
-    check_edges(std::find(good.begin(), good.end(), 0) == good.end());
+    check_good(good);
     for (size_t hub = 0; hub < hubs_.size(); ++hub) {
       char* const result = static_cast<char*>(results_.get()) + static_cast<int64_t>(hub) * bytes;
       const char* part = static_cast<const char*>(parts.get()) + pieces[hub] * bytes;
@@ -114,6 +115,11 @@ class Gathering {
     job.hubs = hubs_.data();
     job.hub_results = results_.get();
     job.hub_count = static_cast<int64_t>(hubs_.size());
+  }
+
+  // The rows [first, last) side by side.
+  bool gather(const Kernels& k, DType type, int64_t first, int64_t last, bool accumulate, void* out) const {
+    return k.gather(type, job, first, last, accumulate, out, job.columns);
   }
 
   // The borders of `parts` runs of rows of about equal work; a row costs row_work edges besides its own.
