@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conv_common import adj_t, formats, graph, without_duplicates
+from conv_common import adj_t, check_grouping, formats, graph, without_duplicates
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -21,22 +21,8 @@ from torch_geometric.nn.conv.gcn_conv import gcn_norm
 
 from torch_mtl_pyg import adjacency as module
 from torch_mtl_pyg.adjacency import Adjacency, normalized
-from torch_mtl_pyg.ops import group_edges
 
 N, M = 17, 11
-
-
-def check_grouping(grouping: Any, key: Tensor, other: Tensor, num_keys: int) -> None:
-    """Against a loop over the edges."""
-    ptr, index, perm = grouping
-    assert ptr.dtype == index.dtype == torch.int64 and ptr.shape == (num_keys + 1,)
-    places = list(range(len(key))) if perm is None else perm.tolist()
-    for k in range(num_keys):
-        mine = [e for e, own in enumerate(key.tolist()) if own == k]
-        begin, end = int(ptr[k]), int(ptr[k + 1])
-        assert places[begin:end] == mine
-        assert index[begin:end].tolist() == other[mine].tolist()
-    assert sorted(places) == list(range(len(key)))
 
 
 def check(adjacency: Adjacency, num_src: int, num_dst: int) -> None:
@@ -428,27 +414,3 @@ def test_bad_flow_and_shape() -> None:
         Adjacency.of(torch.eye(3).to_sparse_csr(), 3, flow="target_to_source")
     with pytest.raises(ValueError, match="as many sources as targets with normalize='gcn', got 3 and 4"):
         normalized(Adjacency.of(E, 3, 4), None, torch.float32)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        ((E[0].int(), E[1], 3), TypeError, "key: expected int64 indices, got torch.int32"),
-        ((E, E[1], 3), ValueError, r"key: expected shape \[E\], got \[2, 3\]"),
-        ((E[0], E[1].tolist(), 3), TypeError, r"other: expected an int64 tensor \[E\], got list"),
-        ((E[0], E[1, :2], 3), ValueError, r"other: expected shape \[3\], that of key, got \[2\]"),
-        ((E[0], E[1].to("meta"), 3), ValueError, "other: expected the device of key, cpu, got meta"),
-        ((E[0], E[1], 3.0), TypeError, "num_keys: expected an int, got float"),
-        ((E[0], E[1], -1), ValueError, "num_keys: expected at least 0, got -1"),
-        ((E[0], E[1], 2), IndexError, r"key: expected every key in \[0, 2\), got 2 at edge 2"),
-    ],
-)
-def test_bad_groups(arguments: Any, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        group_edges(*arguments)
-
-
-def test_groups() -> None:
-    e = graph()
-    check_grouping(group_edges(e[1], e[0], N), e[1], e[0], N)
-    check_grouping(group_edges(e[0], e[1], N + 3), e[0], e[1], N + 3)
