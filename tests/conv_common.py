@@ -66,6 +66,19 @@ def formats(edge_index: Tensor, n: int, num_dst: int | None = None) -> dict[str,
     }
 
 
+def check_grouping(grouping: Any, key: Tensor, other: Tensor, num_keys: int) -> None:
+    """Against a loop over the edges."""
+    ptr, index, perm = grouping
+    assert ptr.dtype == index.dtype == torch.int64 and ptr.shape == (num_keys + 1,)
+    places = list(range(len(key))) if perm is None else perm.tolist()
+    for k in range(num_keys):
+        mine = [e for e, own in enumerate(key.tolist()) if own == k]
+        begin, end = int(ptr[k]), int(ptr[k + 1])
+        assert places[begin:end] == mine
+        assert index[begin:end].tolist() == other[mine].tolist()
+    assert sorted(places) == list(range(len(key)))
+
+
 def assert_same_training(
     conv: mtl.MultiTaskConv,
     singles: dict[str, Any],

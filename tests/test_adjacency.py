@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conv_common import adj_t, formats, graph, without_duplicates
+from conv_common import adj_t, check_grouping, formats, graph, without_duplicates
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -23,19 +23,6 @@ from torch_mtl_pyg import adjacency as module
 from torch_mtl_pyg.adjacency import Adjacency, normalized
 
 N, M = 17, 11
-
-
-def check_grouping(grouping: Any, key: Tensor, other: Tensor, num_keys: int) -> None:
-    """Against a loop over the edges."""
-    ptr, index, perm = grouping
-    assert ptr.dtype == index.dtype == torch.int64 and ptr.shape == (num_keys + 1,)
-    places = list(range(len(key))) if perm is None else perm.tolist()
-    for k in range(num_keys):
-        mine = [e for e, own in enumerate(key.tolist()) if own == k]
-        begin, end = int(ptr[k]), int(ptr[k + 1])
-        assert places[begin:end] == mine
-        assert index[begin:end].tolist() == other[mine].tolist()
-    assert sorted(places) == list(range(len(key)))
 
 
 def check(adjacency: Adjacency, num_src: int, num_dst: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import pytest
@@ -404,59 +403,3 @@ def test_views_of_one_buffer_are_not_copied(any_backend: str) -> None:
         assert torch.equal(packed, torch.cat([other[name] for name in channels], dim=1))
     x = features(N, 3, F)
     assert read_features("x", x, F, layer.layout).packed.data_ptr() == x.data_ptr()
-
-
-# ---- In programs.
-
-
-@pytest.mark.parametrize("kind", ("tensor", "EdgeIndex", "per task", "gcn", "weighted", "bipartite"))
-def test_compiles_to_one_graph(any_backend: str, kind: str) -> None:
-    torch._dynamo.reset()
-    layer = conv(F, TASKS, **({"normalize": "gcn"} if kind == "gcn" else {}))
-    edge_index: Any = EdgeIndex(graph(), sparse_size=(N, N)) if kind == "EdgeIndex" else graph()
-    x = features(N, 3, F) if kind == "per task" else features(N, F)
-    weight = torch.rand(graph().shape[1], dtype=torch.float64) if kind in ("weighted", "gcn") else None
-
-    def run(x: Tensor, edge_index: Any, weight: Tensor | None) -> Tensor:
-        given_as: Any = (x, x[:N]) if kind == "bipartite" else x
-        return sum(o.sin().sum() for o in layer(given_as, edge_index, weight).values())
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
-        x.requires_grad_()
-        gradients = torch.autograd.grad(compiled(x, edge_index, weight), (x, *layer.parameters()))
-    for a, b in zip(gradients, torch.autograd.grad(run(x, edge_index, weight), (x, *layer.parameters())), strict=True):
-        torch.testing.assert_close(a, b)
-
-
-def test_autocast(any_backend: str) -> None:
-    for options in ({"aggr": "mean"}, {"aggr": "max"}, {"normalize": "gcn"}, {"aggr": "median"}):
-        layer = mtl.MultiTaskConv(F, TASKS, **options)
-        x, weight = torch.randn(N, F), torch.rand(graph().shape[1])
-        weighted = options.get("aggr") != "max"
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            out = layer(x, graph(), weight if weighted else None)
-            again = layer(x.bfloat16(), graph(), weight if weighted else None)
-        assert all(o.dtype == torch.bfloat16 for o in (*out.values(), *again.values()))
-        sum(o.float().sum() for o in out.values()).backward()
-        assert layer.weight.grad.dtype == torch.float32
-        torch.testing.assert_close(
-            out["subject"].float(), layer(x, graph(), weight if weighted else None)["subject"], rtol=0.05, atol=0.05
-        )
-
-
-def test_batched_gradients_and_checkpoints(any_backend: str) -> None:
-    layer = conv(F, TASKS)
-    x = features(N, F).requires_grad_()
-    losses = torch.stack([o.square().mean() for o in layer(x, graph()).values()])
-    inputs = (x, *layer.parameters())
-    eye = torch.eye(3, dtype=torch.float64)
-    batched = torch.autograd.grad(losses, inputs, eye, is_grads_batched=True, retain_graph=True)
-    for t in range(3):
-        for all_of, one in zip(batched, torch.autograd.grad(losses[t], inputs, retain_graph=True), strict=True):
-            torch.testing.assert_close(all_of[t], one)
-    out = torch.utils.checkpoint.checkpoint(lambda x: layer(x, graph())["toxic"], x, use_reentrant=False)
-    torch.testing.assert_close(
-        torch.autograd.grad(out.sum(), x)[0], torch.autograd.grad(layer(x, graph())["toxic"].sum(), x)[0]
-    )

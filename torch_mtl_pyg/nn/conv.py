@@ -8,33 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch_geometric.nn import MessagePassing
-from torch_geometric.nn.aggr import (
-    Aggregation,
-    MaxAggregation,
-    MeanAggregation,
-    MinAggregation,
-    SumAggregation,
-)
+from torch_geometric.nn.aggr import Aggregation
 from torch_geometric.typing import OptPairTensor, OptTensor  # noqa: F401 (the comment on types in the code)
 
 from .. import backend
-from ..adjacency import Adjacency, edge_index_of, normalized
+from ..adjacency import edge_index_of
 from ..ops import aggregate_linear, multi_head_linear
-from ..ops._checks import check_floating, check_same, has_values
-from ..ops._dispatch import autocasts
-from ..ops.aggregate import check_edge_weight
+from ..ops._checks import check_floating
 from ..task import Task, TaskLayout
 from . import conv_modules, conv_parameters
+from .conv_inputs import REDUCES, Inputs, read_inputs
 from .conv_parameters import block_weights
-from .features import Channels, Features, Input, checked_channels, num_rows, read_features
+from .features import Channels, Input, checked_channels
 from .saving import describe_tasks, wrong_tasks
 
-REDUCES: dict[type[Aggregation], str] = {
-    SumAggregation: "sum",
-    MeanAggregation: "mean",
-    MaxAggregation: "max",
-    MinAggregation: "min",
-}
 # What a subclass may override, and where hooks are kept: the fused path calls none of them.
 _STEPS = ("propagate", "message", "aggregate", "update")
 _HOOKS = tuple(f"_{step}_forward{pre}_hooks" for step in _STEPS[:3] for pre in ("", "_pre"))
@@ -227,36 +214,18 @@ class MultiTaskConv(MessagePassing):  # type: ignore[misc]
 
         Arguments and errors are those of :meth:`forward`.
         """
-        x_src, x_dst = self._pair(x)
-        names = ("x[0]", "x[1]") if isinstance(x, (tuple, list)) else ("x", "x")
-        sources = read_features(names[0], x_src, self.channels[0], self.layout)
-        targets = None
-        if self.root_weight and x_dst is not None:
-            same = x_src is x_dst and self.channels[0] == self.channels[1]
-            targets = sources if same else read_features(names[1], x_dst, self.channels[1], self.layout)
-        conv_parameters.settle(self, sources, targets)
-        strict = not autocasts(sources.packed.device.type)
-        check_same(names[0], sources.packed, "weight", conv_parameters.first(self.weight), strict)
-        if targets is not None:
-            check_same(names[1], targets.packed, "weight_root", conv_parameters.first(self.weight_root), strict)
-        num_src, num_dst = self._sizes(sources, x_dst, size)
-        adjacency = Adjacency.of(edge_index, num_src, num_dst, self.flow)
-        if adjacency.device != sources.packed.device:
-            raise ValueError(f"edge_index: expected the device of x, {sources.packed.device}, got {adjacency.device}.")
-        edge_weight = self._weights(adjacency, edge_weight, sources.packed)
-        if self.normalize:
-            reduce = REDUCES.get(type(self.aggr_module), "")
-            adjacency, edge_weight = normalized(adjacency, edge_weight, sources.packed.dtype, reduce)
-        fused = self._fused_reduce(edge_weight)
-        if fused is None:
-            return self._over_messages(sources, targets, (x_src, x_dst), adjacency, edge_weight)
+        inputs = read_inputs(self, x, edge_index, edge_weight, size)
+        reduce = self._fused_reduce(inputs.edge_weight)
+        if reduce is None:
+            return self._over_messages(inputs)
+        sources, targets = inputs.sources, inputs.targets
         return aggregate_linear(
             sources.packed,
-            adjacency,
+            inputs.adjacency,
             block_weights(self.weight, sources, self.layout),
             self.bias,
-            edge_weight,
-            fused,
+            inputs.edge_weight,
+            reduce,
             None if targets is None else targets.packed,
             None if targets is None else block_weights(self.weight_root, targets, self.layout),
         )
@@ -275,46 +244,6 @@ class MultiTaskConv(MessagePassing):  # type: ignore[misc]
     def _columns(self, packed: Tensor) -> dict[str, Tensor]:
         return dict(zip(self.layout.names, torch.split_with_sizes(packed, self.layout.widths, 1), strict=True))
 
-    # ---- Reading the arguments.
-
-    def _pair(self, x: Any) -> tuple[Any, Any]:
-        if not isinstance(x, (tuple, list)):
-            return x, x
-        if self.normalize:
-            raise ValueError("x: expected one set of features with normalize='gcn', got a pair.")
-        if len(x) != 2:
-            raise ValueError(f"x: expected features or a pair of them, got {len(x)}.")
-        return x[0], x[1]
-
-    def _sizes(self, sources: Features, x_dst: Any, size: Any) -> tuple[int, int | None]:
-        """How many nodes send and receive; None: what the edges say."""
-        num_src = sources.packed.shape[0]
-        num_dst: int | None = None if x_dst is None else num_rows(x_dst)
-        if size is None:
-            return num_src, num_dst
-        if not isinstance(size, (tuple, list)) or len(size) != 2:
-            raise ValueError(f"size: expected a pair of numbers of nodes, got {size!r}.")
-        known = (num_src, size[1] if num_dst is None else num_dst)
-        if any(given not in (None, own) for given, own in zip(size, known, strict=True)):
-            raise ValueError(f"size: expected {known}, the rows of x, got {tuple(size)}.")
-        return known
-
-    def _weights(self, adjacency: Adjacency, edge_weight: Any, x: Tensor) -> Tensor | None:
-        if adjacency.edge_weight is not None:
-            if edge_weight is not None:
-                raise ValueError("edge_weight: expected None, since the values of edge_index are the weights, got one.")
-            edge_weight = adjacency.edge_weight
-            # A maximum of unweighted messages is fused.
-            plain = type(self.aggr_module) in (MaxAggregation, MinAggregation) and not edge_weight.requires_grad
-            if (
-                plain
-                and not torch.compiler.is_compiling()
-                and has_values(edge_weight)
-                and bool((edge_weight == 1).all())
-            ):
-                return None
-        return None if edge_weight is None else check_edge_weight(edge_weight, adjacency, x)
-
     def _fused_reduce(self, edge_weight: Tensor | None) -> str | None:
         """How the fused path reduces; None: it does not compute the same as the way over the messages."""
         reduce = REDUCES.get(type(self.aggr_module))
@@ -327,14 +256,8 @@ class MultiTaskConv(MessagePassing):  # type: ignore[misc]
 
     # ---- PyG's way, over the messages.
 
-    def _over_messages(
-        self,
-        sources: Features,
-        targets: Features | None,
-        pair: tuple[Any, Any],
-        adjacency: Adjacency,
-        edge_weight: Tensor | None,
-    ) -> Tensor:
+    def _over_messages(self, inputs: Inputs) -> Tensor:
+        sources, targets, x_dst, adjacency, edge_weight = inputs
         forward = self.flow == "source_to_target"
         n, m = adjacency.num_src, adjacency.num_dst
         size = (n, m) if forward else (m, n)
@@ -346,8 +269,8 @@ class MultiTaskConv(MessagePassing):  # type: ignore[misc]
         for own in columns:
             x: Any = own
             # Our own messages need no targets; those of a subclass may.
-            if not self._plain and pair[0] is not pair[1]:
-                other = pair[1] if targets is None else targets.packed
+            if not self._plain and x_dst is not None:
+                other = x_dst if targets is None else targets.packed
                 x = (own, other if isinstance(other, Tensor) and other.dim() == 2 else None)
             # propagate_type: (x: OptPairTensor, edge_weight: OptTensor)
             aggregated.append(self.propagate(edge_index, x=x, edge_weight=edge_weight, size=size))

@@ -118,9 +118,16 @@ def _checked_parts(name: str, parts: Sequence[Any], expected: Sequence[int], lay
     return tuple(part.shape[1] for part in parts)
 
 
-def num_rows(x: Input) -> int:
-    """The number of nodes of features in any form."""
-    return (x if isinstance(x, Tensor) else next(iter(x.values()))).shape[0]
+def num_rows(name: str, x: Any) -> int:
+    """The number of nodes of features in any form.
+
+    Raises:
+        TypeError: ``x`` has none of the forms.
+    """
+    one = next(iter(x.values()), None) if isinstance(x, Mapping) else x
+    if not isinstance(one, Tensor) or one.dim() == 0:
+        raise TypeError(f"{name}: expected a tensor or a dict from task to tensor, got {type(x).__name__}.")
+    return one.shape[0]
 
 
 # ---- One matrix from columns, without a copy where they lie in one already.
