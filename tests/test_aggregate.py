@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 from accuracy import DTYPES, assert_accurate
-from conv_common import check_grouping, graph, without_duplicates
+from conv_common import graph, without_duplicates
 from torch import Tensor
 
 from torch_mtl_pyg.adjacency import Adjacency
-from torch_mtl_pyg.ops import aggregate, aggregate_linear, group_edges
+from torch_mtl_pyg.ops import aggregate, aggregate_linear
 
 N, M, F = 17, 11, 7
 
@@ -243,27 +243,3 @@ def test_bad_aggregate_linear(arguments: Any, error: type[Exception], message: s
 # ---- Grouping.
 
 KEY, OTHER = torch.tensor([[0, 1, 2], [1, 2, 0]])
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        ((KEY.int(), OTHER, 3), TypeError, "key: expected int64 indices, got torch.int32"),
-        ((torch.stack((KEY, OTHER)), OTHER, 3), ValueError, r"key: expected shape \[E\], got \[2, 3\]"),
-        ((KEY, OTHER.tolist(), 3), TypeError, r"other: expected an int64 tensor \[E\], got list"),
-        ((KEY, OTHER[:2], 3), ValueError, r"other: expected shape \[3\], that of key, got \[2\]"),
-        ((KEY, OTHER.to("meta"), 3), ValueError, "other: expected the device of key, cpu, got meta"),
-        ((KEY, OTHER, 3.0), TypeError, "num_keys: expected an int, got float"),
-        ((KEY, OTHER, -1), ValueError, "num_keys: expected at least 0, got -1"),
-        ((KEY, OTHER, 2), IndexError, r"key: expected every key in \[0, 2\), got 2 at edge 2"),
-    ],
-)
-def test_bad_groups(arguments: Any, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        group_edges(*arguments)
-
-
-def test_groups() -> None:
-    e = graph()
-    check_grouping(group_edges(e[1], e[0], N), e[1], e[0], N)
-    check_grouping(group_edges(e[0], e[1], N + 3), e[0], e[1], N + 3)

@@ -16,7 +16,9 @@ import pytest
 import torch
 from conftest import ISAS, require_fused
 
-OPS = [str(Path(__file__).parent / f"test_{op}.py") for op in ("multi_head_linear", "multi_head_loss")]
+OPS = [
+    str(Path(__file__).parent / f"test_{op}.py") for op in ("multi_head_linear", "multi_head_loss", "aggregate_kernels")
+]
 
 
 def test_the_instruction_sets_are_those_of_the_cpu() -> None:

@@ -33,6 +33,6 @@ struct GatherJob {
 };
 
 // A row with more edges is shared out between threads in pieces of this many, added in order.
-constexpr int64_t kHubEdges = 4096;
+constexpr int64_t kHubEdges = 512;
 
 }  // namespace mtl

@@ -97,7 +97,7 @@ Tensor edge_dots(const Tensor& a, const Tensor& x, const Tensor& ptr, const Tens
   const Kernels& k = kernels();
   const GatherJob job = job_of(x, type, neighbours_of(ptr, index, place, x.size(0)), reduce_of(reduce), "x");
   check_cpu_matrix(a, "a", type);
-  STD_TORCH_CHECK(a.stride(1) == 1 || a.size(1) <= 1, "a: expected contiguous columns");
+  STD_TORCH_CHECK(a.stride(1) == 1 || a.size(1) <= 1 || a.size(0) == 0, "a: expected contiguous columns");
   check_size(a.size(0), job.graph.rows, "a: size of dimension 0");
   check_size(a.size(1), job.columns, "a: size of dimension 1");
   Tensor out = empty(x, {job.graph.edges});

@@ -48,7 +48,7 @@ inline void check_good(const std::vector<char>& good) {
 // A job without coefficients that gathers the rows of x.
 inline GatherJob job_of(const Tensor& x, DType type, const Neighbours& graph, Reduce reduce, const char* name) {
   check_cpu_matrix(x, name, type);
-  STD_TORCH_CHECK(x.stride(1) == 1 || x.size(1) <= 1, name, ": expected contiguous columns");
+  STD_TORCH_CHECK(x.stride(1) == 1 || x.size(1) <= 1 || x.size(0) == 0, name, ": expected contiguous columns");
   return {graph, reduce, x.const_data_ptr(), x.size(1), x.stride(0), nullptr, type, nullptr, nullptr, nullptr, 0};
 }
 
