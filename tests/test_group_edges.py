@@ -154,10 +154,10 @@ def test_arguments_are_left_alone(any_backend: str) -> None:
 
 
 def test_large_graph(fused: None) -> None:
-    e, num_keys = 20_000_000, 6_000_000
+    e, num_keys = 5_000_000, 2_000_000
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if free < 3 * 2**30:
-        pytest.skip(f"needs 3 GiB of free memory, there are {free / 2**30:.1f}")
+    if free < 2**30:
+        pytest.skip(f"needs 1 GiB of free memory, there are {free / 2**30:.1f}")
     key, other = torch.randint(num_keys, (e,)), torch.arange(e)
     ptr, index, perm = group_edges(key, other, num_keys, e)
     assert torch.equal(index, perm)
@@ -166,7 +166,9 @@ def test_large_graph(fused: None) -> None:
     step = grouped.diff()
     assert (step >= 0).all() and (perm.diff()[step == 0] > 0).all()
     assert torch.equal(ptr[1:] - ptr[:-1], torch.bincount(key, minlength=num_keys)) and ptr[0] == 0
-    assert torch.equal(perm.sort()[0], other)
+    seen = torch.zeros(e, dtype=torch.bool)
+    seen[perm] = True
+    assert seen.all()
 
 
 # ---- What PyTorch knows of the op.
@@ -197,7 +199,9 @@ def test_compiles_to_one_graph(any_backend: str, dynamic: bool) -> None:
 
 def test_one_graph_for_every_size(fused: None) -> None:
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(group_edges, fullgraph=True, dynamic=True, backend=counter)
     for e, n in ((30, 9), (50, 7), (70, 8)):
         key = torch.randint(n, (e,))

@@ -27,18 +27,12 @@ namespace {
 using torch::stable::parallel_for;
 
 // Keys that are grouped at once, whatever the number of edges: as many streams are written to.
-#ifndef KK
-#define KK 1024
-#define KFE (1 << 14)
-#define KBE (1 << 12)
-#define KB (1 << 10)
-#endif
-constexpr int64_t kKeys = KK;
+constexpr int64_t kKeys = 1 << 10;
 // So few edges that all stays in the cache, with so many counters.
-constexpr int64_t kFewEdges = KFE, kFewEdgesKeys = 1 << 14;
-// Edges of a bucket, whose records and counters stay in the first-level cache; and the most buckets, since each is a
-// stream with a page of its own.
-constexpr int64_t kBucketEdges = KBE, kBuckets = KB;
+constexpr int64_t kFewEdges = 1 << 14, kFewEdgesKeys = 1 << 14;
+// Edges and keys of a bucket, whose records and counters stay in the first-level cache; and the most buckets, since
+// each is a stream with a page of its own.
+constexpr int64_t kBucketEdges = 1 << 12, kBucketKeys = 1 << 12, kBuckets = 1 << 10;
 // Edges that pay for waking a thread.
 constexpr int64_t kThreadEdges = 1 << 14;
 
@@ -120,7 +114,8 @@ struct Edges {
   }
 };
 
-// An edge in one word, from the highest bits down: key within its bucket, other end, position.
+// An edge in one word, from the highest bits down: key within its bucket (its other bits are shifted out), other end,
+// position.
 struct Narrow {
   using Record = uint64_t;
   int key_shift, other_bits, position_bits;
@@ -148,6 +143,26 @@ struct Wide {
   int64_t position(Record r) const { return static_cast<int64_t>(r.key_position & ((uint64_t{1} << key_shift) - 1)); }
 };
 
+// All edges, put as records into buckets of 2^shift keys.
+template <class T, class Format>
+struct Split {
+  Edges<T> edges;
+  int shift;
+  int64_t buckets;
+  Format format;
+  typename Format::Record* records;
+
+  int64_t key_of(int64_t e) const {
+    const uint64_t key = edges.key[e];
+    return key < edges.num_keys ? static_cast<int64_t>(key >> shift) : buckets;
+  }
+  bool put(int64_t e, int64_t place) const {
+    const uint64_t other = edges.other[e];
+    records[place] = format.pack(edges.key[e], other, e);
+    return other < edges.num_others;
+  }
+};
+
 // A bucket is sorted into scratch memory: its records may lie where the result will.
 template <class Format>
 struct Bucket {
@@ -171,10 +186,18 @@ void unpack(Format format, const typename Format::Record* sorted, int64_t begin,
   }
 }
 
+// Puts each edge where its key has its place. In two steps: a store to a place just read from memory would hold up the
+// reading of the next one, until the processor knows that they differ.
 template <class E>
-bool put_all(E edges, int64_t begin, int64_t end, int64_t* places) {
+bool put_all(E edges, int64_t begin, int64_t end, int64_t* next) {
+  constexpr int64_t kBlock = 64;
+  int64_t places[kBlock];
   bool good = true;
-  for (int64_t e = begin; e < end; ++e) good &= edges.put(e, places[edges.key_of(e)]++);
+  for (int64_t e = begin; e < end; e += kBlock) {
+    const int64_t n = std::min(kBlock, end - e);
+    for (int64_t i = 0; i < n; ++i) places[i] = next[edges.key_of(e + i)]++;
+    for (int64_t i = 0; i < n; ++i) good &= edges.put(e + i, places[i]);
+  }
   return good;
 }
 
@@ -186,7 +209,8 @@ void sort_serially(E edges, int64_t count, int64_t keys, int64_t first, int64_t*
   std::memset(ends, 0, keys * sizeof(int64_t));
   for (int64_t e = 0; e < count; ++e) ++ends[edges.key_of(e)];
   counts_to_places(ends, 1, keys, keys, 0, [](int64_t, int64_t) {});
-  put_all(edges, 0, count, ends);
+  // In one step: here counters are many, and seldom the one just written.
+  for (int64_t e = 0; e < count; ++e) edges.put(e, ends[edges.key_of(e)]++);
   for (int64_t k = 0; k < keys; ++k) ends[k] += first;
 }
 
@@ -215,64 +239,20 @@ bool sort_together(const E& edges, int64_t count, int64_t keys, int64_t first, i
 
 // ---- The split into buckets of 2^shift neighbouring keys, and the sort of each.
 
-// Counts the edges of each bucket and chunk, [chunks][buckets + 1]. Returns whether all keys are in range.
-template <class T>
-bool count_buckets(const Edges<T>& edges, const Chunks& chunks, int shift, int64_t buckets, int64_t* counters) {
-  std::atomic<bool> good{true};
-  for_each(chunks.count, [&](int64_t chunk) {
-    const Edges<T> mine = edges;
-    int64_t* const counts = counters + chunk * (buckets + 1);
-    std::memset(counts, 0, (buckets + 1) * sizeof(int64_t));
-    for (int64_t e = chunks.edge(chunk), end = chunks.edge(chunk + 1); e < end; ++e) {
-      const uint64_t k = mine.key[e];
-      ++counts[k < mine.num_keys ? static_cast<int64_t>(k >> shift) : buckets];
-    }
-    if (counts[buckets] != 0) good = false;
-  });
-  return good;
-}
-
-// Puts a record of each edge where its bucket has its place. Returns whether all other ends are in range.
-template <class T, class Format>
-bool split(const Edges<T>& edges, const Chunks& chunks, int shift, const Format& format, int64_t buckets,
-           int64_t* places, typename Format::Record* records) {
-  std::atomic<bool> good{true};
-  for_each(chunks.count, [&](int64_t chunk) {
-    const Edges<T> mine = edges;
-    const Format as = format;
-    const uint64_t within = (uint64_t{1} << shift) - 1;
-    int64_t* const next = places + chunk * (buckets + 1);
-    bool in_range = true;
-    for (int64_t e = chunks.edge(chunk), end = chunks.edge(chunk + 1); e < end; ++e) {
-      const uint64_t k = mine.key[e], other = mine.other[e];
-      in_range &= other < mine.num_others;
-      records[next[k >> shift]++] = as.pack(k & within, other, e);
-    }
-    if (!in_range) good = false;
-  });
-  return good;
-}
-
 template <class T, class Format>
 bool split_and_sort(const Edges<T>& edges, int64_t count, int shift, const Format& format, int64_t* ends) {
   using Record = typename Format::Record;
   const int64_t num_keys = static_cast<int64_t>(edges.num_keys);
   const int64_t buckets = ((num_keys - 1) >> shift) + 1;
-  const Chunks chunks = chunks_of(count);
-  const Buffer counters_buffer = make_array<int64_t>(chunks.count * (buckets + 1));
   const Buffer starts_buffer = make_array<int64_t>(buckets + 1);
-  int64_t* const counters = static_cast<int64_t*>(counters_buffer.get());
   int64_t* const starts = static_cast<int64_t*>(starts_buffer.get());
-  if (!count_buckets(edges, chunks, shift, buckets, counters)) return false;
-  starts[0] = 0;
-  counts_to_places(counters, chunks.count, buckets + 1, buckets, 0,
-                   [&](int64_t b, int64_t end) { starts[b + 1] = end; });
-
   // Records of one word lie in perm.
   constexpr bool kInPlace = std::is_same_v<Format, Narrow>;
   const Buffer records_buffer = make_array<Record>(kInPlace ? 0 : count);
   Record* const records = kInPlace ? reinterpret_cast<Record*>(edges.perm) : static_cast<Record*>(records_buffer.get());
-  if (!split(edges, chunks, shift, format, buckets, counters, records)) return false;
+  starts[0] = 0;
+  if (!sort_together(Split<T, Format>{edges, shift, buckets, format, records}, count, buckets, 0, starts + 1))
+    return false;
 
   const int64_t workers = chunks_of(count + num_keys).count;
   // Larger ones would keep one thread busy while the others wait.
@@ -316,7 +296,7 @@ bool sort_edges(const Edges<T>& edges, int64_t count, int64_t* ends) {
   const int64_t num_keys = static_cast<int64_t>(edges.num_keys);
   if (num_keys <= kKeys || (count <= kFewEdges && num_keys <= kFewEdgesKeys))
     return sort_together(edges, count, num_keys, 0, ends);
-  const int64_t wanted = std::clamp<int64_t>(count / kBucketEdges, 2, kBuckets);
+  const int64_t wanted = std::clamp<int64_t>(std::max(count / kBucketEdges, num_keys / kBucketKeys), 2, kBuckets);
   // At least one bit of the key, since a shift by 64 is undefined; at most so many that counters fit the cache.
   const int shift = std::clamp(bits((num_keys - 1) / wanted), 1, 20);
   const int other_bits = bits(edges.num_others - 1), position_bits = bits(count - 1);
@@ -397,7 +377,10 @@ void group(const Tensor& key, const Tensor& other, int64_t num_keys, int64_t num
                        out.perm};
   out.ptr[0] = 0;
   int64_t* const ends = out.ptr + 1;
-  if (count == 0) return void(std::memset(ends, 0, num_keys * sizeof(int64_t)));
+  if (count == 0) {
+    std::fill(ends, ends + num_keys, 0);
+    return;
+  }
   const bool good = num_keys > 0 && num_others > 0 &&
                     (is_sorted(edges.key, count) ? copy_sorted(edges, count, ends) : sort_edges(edges, count, ends));
   if (!good) refuse(edges, count);

@@ -97,17 +97,21 @@ def _meta(key: Tensor, other: Tensor, num_keys: int, num_others: int) -> Grouped
 
 
 def _check_end(name: str, value: object, key: Tensor | None = None) -> None:
-    shape = "[E]" if key is None else f"[{key.shape[0]}]"
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a tensor {shape}, got {type(value).__name__}.")
+        raise TypeError(f"{name}: expected a tensor {_shape(key)}, got {type(value).__name__}.")
     if value.layout is not torch.strided:
         raise TypeError(f"{name}: expected a dense (strided) tensor, got layout {value.layout}.")
     if value.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{name}: expected int64 or int32, got {str(value.dtype).removeprefix('torch.')}.")
     if value.dim() != 1 or (key is not None and value.shape[0] != key.shape[0]):
-        raise ValueError(f"{name}: expected shape {shape}, got {list(value.shape)}.")
+        raise ValueError(f"{name}: expected shape {_shape(key)}, got {list(value.shape)}.")
     if key is not None:
         check_same(name, value, "key", key)
+
+
+def _shape(key: Tensor | None) -> str:
+    # Only for messages: torch.compile would take a size that is formatted for a constant.
+    return "[E]" if key is None else f"[{key.shape[0]}]"
 
 
 def _check_size(name: str, value: object) -> None:
