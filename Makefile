@@ -42,6 +42,7 @@ bench: $(VENV)/.test-$(TORCH)
 	$(BIN)/python benchmarks/bench_heads.py
 	$(BIN)/python benchmarks/bench_loss.py
 	$(BIN)/python benchmarks/bench_balancing.py
+	$(BIN)/python benchmarks/bench_conv.py
 
 # The snippets of README.md and docs/ run as tests.
 docs: $(VENV)/.test-$(TORCH)
