@@ -11,10 +11,14 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 # Stamps are named after what they hold, so that another torch makes a new installation.
 BASE := $(VENV)/.torch-$(TORCH)
 
-.PHONY: demo tox21 test test-scatter lint format bench docs clean
+.PHONY: demo cora tox21 test test-scatter lint format bench docs clean
 
 demo: $(VENV)/.demo-$(TORCH)
 	$(BIN)/python examples/demo.py --dataset $(DATASET) $(if $(ROOT),--root $(ROOT)) --out $(OUT)
+
+# ROOT holds Cora/raw/ind.cora.*; without it, the graph of the digits.
+cora: $(VENV)/.demo-$(TORCH)
+	$(BIN)/python examples/cora_tasks.py $(if $(ROOT),--root $(ROOT)) --out $(OUT)/cora_tasks
 
 # ROOT holds tox21/tox21.npz, or gets PyG's MoleculeNet.
 tox21: $(VENV)/.demo-$(TORCH)
@@ -43,6 +47,7 @@ bench: $(VENV)/.test-$(TORCH)
 	$(BIN)/python benchmarks/bench_loss.py
 	$(BIN)/python benchmarks/bench_balancing.py
 	$(BIN)/python benchmarks/bench_group_edges.py
+	$(BIN)/python benchmarks/bench_conv.py
 
 # The snippets of README.md and docs/ run as tests.
 docs: $(VENV)/.test-$(TORCH)

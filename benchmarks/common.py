@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import statistics
@@ -30,27 +31,35 @@ def keep_freed_memory() -> None:
 
 
 def time_side_by_side(
-    functions: Mapping[str, Callable[[], object]], rounds: int = 9, seconds: float = 0.02
+    functions: Mapping[str, Callable[[], object]],
+    rounds: int = 9,
+    seconds: float = 0.02,
+    warm_up: float = 0.25,
+    most: float = math.inf,
 ) -> dict[str, float]:
     """Median milliseconds of each function.
 
     Every round times every function once, so that a change of the machine's speed meets all of them. One timing
-    repeats a function for about ``seconds``.
+    repeats a function for about ``seconds``. A function that would take more than ``most`` seconds is timed in every
+    second or third round only.
     """
-    repeats = {}
+    repeats, every = {}, {}
     for name, function in functions.items():
-        # A quarter of a second, since memory that the system hands out for the first time can be several times slower.
+        # For some time, since memory that the system hands out for the first time can be several times slower.
         begin = time.perf_counter()
         once = 0.0
-        while once == 0.0 or time.perf_counter() - begin < 0.25:
+        while once == 0.0 or time.perf_counter() - begin < warm_up:
             start = time.perf_counter()
             function()
             once = time.perf_counter() - start
         repeats[name] = max(1, int(seconds / max(once, 1e-6)))
+        every[name] = max(1, min(3, math.ceil(rounds * max(once, seconds) / most)))
     times: dict[str, list[float]] = {name: [] for name in functions}
     names = list(functions)
     for i in range(rounds):
         for name in names[i % len(names) :] + names[: i % len(names)]:
+            if i % every[name]:
+                continue
             function = functions[name]
             start = time.perf_counter()
             for _ in range(repeats[name]):

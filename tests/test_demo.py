@@ -3,37 +3,24 @@
 from __future__ import annotations
 
 import json
-import os
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-
-REPOSITORY = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPOSITORY / "examples"))
+from demo_common import planetoid_root
 
 pytest.importorskip("sklearn", reason="the demo needs the extra [demo]")
 
-import demo  # noqa: E402
-from common import data as demo_data  # noqa: E402
-from common.baselines import own_features  # noqa: E402
-from common.report import mean_std, verdict  # noqa: E402
-from common.tasks import KINDS, NodeTask, standardise  # noqa: E402
-from common.training import total_loss, train  # noqa: E402
-from sklearn.datasets import load_digits  # noqa: E402
+import demo
+from common import data as demo_data
+from common.baselines import own_features
+from common.report import mean_std, verdict
+from common.tasks import KINDS, NodeTask, standardise
+from common.training import total_loss, train
+from sklearn.datasets import load_digits
 
 CPU = torch.device("cpu")
-
-
-def planetoid_root() -> Path:
-    """Folder that holds Cora/raw, or skips the test with the reason."""
-    given = os.environ.get("TORCH_MTL_PYG_DATA")
-    root = Path(given) / "planetoid" if given else REPOSITORY.parent / "shared/data/planetoid"
-    if not (root / demo_data.CORA_FILES[0]).is_file():
-        pytest.skip(f"no Cora below {root}; set TORCH_MTL_PYG_DATA to the folder that holds planetoid/Cora/raw")
-    return root
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,8 @@ from .data import MultiTaskGraph
 from .tasks import NodeTask
 
 EVALUATE_EVERY = 5
+# Makes a model (x, edge_index) -> {task: [N, C_t]} for some of a graph's tasks.
+ModelOf = Callable[[MultiTaskGraph, Mapping[str, NodeTask]], nn.Module]
 
 
 class MultiTaskGNN(nn.Module):
@@ -63,6 +65,7 @@ def train(
     epochs: int,
     device: torch.device,
     on_epoch: Callable[[], object] = lambda: None,
+    model_of: ModelOf = MultiTaskGNN,
 ) -> Result:
     """Trains one model on the tasks ``names`` for ``epochs`` epochs of full-batch Adam.
 
@@ -77,7 +80,7 @@ def train(
     tasks = {name: graph.tasks[name] for name in names}
     y = {name: task.y.to(device) for name, task in tasks.items()}
     val_mask, test_mask = data.val_mask.cpu(), data.test_mask.cpu()
-    model = MultiTaskGNN(graph, tasks).to(device)
+    model = model_of(graph, tasks).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=graph.lr, weight_decay=graph.weight_decay)
     result = Result(parameters=sum(p.numel() for p in model.parameters()))
     result.val, result.val_loss = {name: [] for name in names}, {name: [] for name in names}
