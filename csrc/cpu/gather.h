@@ -77,14 +77,14 @@ static MTL_NOINLINE void gather_group(const In* const* rows, const T* coefficien
 template <class In, class T, class Take>
 MTL_INLINE void gather_some(int count, const In* const* rows, const T* coefficients, int64_t columns, bool first,
                             T* out) {
-  if (count == 4)
-    gather_group<In, T, Take, 4>(rows, coefficients, columns, first, out);
-  else if (count == 3)
-    gather_group<In, T, Take, 3>(rows, coefficients, columns, first, out);
-  else if (count == 2)
-    gather_group<In, T, Take, 2>(rows, coefficients, columns, first, out);
-  else
-    gather_group<In, T, Take, 1>(rows, coefficients, columns, first, out);
+  if (count == 4) return gather_group<In, T, Take, 4>(rows, coefficients, columns, first, out);
+  // Sums are what most graphs ask for, in float32: each size more is one more function to compile.
+  if constexpr (__is_same(Take, TakeSum) && sizeof(T) == 4) {
+    if (count == 3) return gather_group<In, T, Take, 3>(rows, coefficients, columns, first, out);
+    if (count == 2) return gather_group<In, T, Take, 2>(rows, coefficients, columns, first, out);
+  }
+  for (int g = 0; g < count; ++g, first = false)
+    gather_group<In, T, Take, 1>(rows + g, coefficients + g, columns, first, out);
 }
 
 template <class T>
@@ -174,7 +174,7 @@ static MTL_NOINLINE bool gather_narrow(const GatherJob& job, int64_t e0, int64_t
 }
 template <class In, class T, class Take>
 MTL_INLINE bool gather_row(const GatherJob& job, int64_t e0, int64_t e1, T share, bool first, T* out) {
-  if constexpr (__is_same(Take, TakeSum)) {
+  if constexpr (__is_same(Take, TakeSum) && sizeof(T) == 4) {
     constexpr int64_t L = VectorOf<T>::lanes;
     const int64_t columns = job.columns;
     if (columns >= L && columns <= 8 * L) {
