@@ -43,8 +43,7 @@ def group_edges(key: Tensor, other: Tensor, num_keys: int, num_others: int) -> G
         ``ptr`` ``[num_keys + 1]``, ``index`` ``[E]`` and ``perm`` ``[E]``, contiguous, int64.
 
     Raises:
-        TypeError: ``key`` or ``other`` is no dense tensor of int64 or int32, the dtypes differ, or a size is no
-            integer.
+        TypeError: An end is no dense tensor of int64 or int32, the dtypes differ, or a size is no integer.
         ValueError: Shapes or devices do not fit, or a size is negative.
         IndexError: An end is out of range.
         RuntimeError: The backend is ``"fused"``, and it cannot run here.
