@@ -67,6 +67,10 @@ class Adjacency:
         # Made by normalized(), by dtype.
         self.normalized: dict[torch.dtype, tuple[Adjacency, Tensor]] = {}
 
+    def given(self) -> tuple[Tensor | None, ...]:
+        """The indices as they came, which groupings are made from later."""
+        return (self._source, self._target)
+
     @property
     def source(self) -> Tensor:
         """``[E]`` int64, where each edge starts, in the order in which the edges came."""

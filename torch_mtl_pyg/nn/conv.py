@@ -25,6 +25,7 @@ from .saving import describe_tasks, wrong_tasks
 # What a subclass may override, and where hooks are kept: the fused path calls none of them.
 _STEPS = ("propagate", "message", "aggregate", "update")
 _HOOKS = tuple(f"_{step}_forward{pre}_hooks" for step in _STEPS[:3] for pre in ("", "_pre"))
+_MODULE_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class MultiTaskConv(MessagePassing):  # type: ignore[misc]
@@ -249,7 +250,8 @@ class MultiTaskConv(MessagePassing):  # type: ignore[misc]
         reduce = REDUCES.get(type(self.aggr_module))
         changed = not self._plain or not self.fuse or self.explain is True or any(getattr(self, h) for h in _HOOKS)
         # Not propagate: PyG itself puts it there. Modules may be watched by hooks of their own.
-        changed = changed or any(step in self.__dict__ for step in _STEPS[1:]) or bool(self.aggr_module._forward_hooks)
+        changed = changed or any(step in self.__dict__ for step in _STEPS[1:])
+        changed = changed or any(getattr(self.aggr_module, hooks) for hooks in _MODULE_HOOKS)
         if changed or reduce is None or (reduce in ("max", "min") and edge_weight is not None):
             return None
         return reduce

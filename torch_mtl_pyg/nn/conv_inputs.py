@@ -93,6 +93,11 @@ def _sizes(sources: Features, name: str, x_dst: Any, size: Any) -> tuple[int, in
         return num_src, num_dst
     if not isinstance(size, (tuple, list)) or len(size) != 2:
         raise ValueError(f"size: expected a pair of numbers of nodes, got {size!r}.")
+    for given in size:
+        if given is not None and (not isinstance(given, (int, torch.SymInt)) or isinstance(given, bool)):
+            raise TypeError(f"size: expected integers or None, got {given!r}.")
+        if given is not None and given < 0:
+            raise ValueError(f"size: expected numbers of nodes of at least 0, got {given}.")
     known = (num_src, size[1] if num_dst is None else num_dst)
     if any(given not in (None, own) for given, own in zip(size, known, strict=True)):
         raise ValueError(f"size: expected {known}, the rows of x, got {tuple(size)}.")

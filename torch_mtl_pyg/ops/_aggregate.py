@@ -11,6 +11,7 @@ the first an aggregation along the edges turned around. Derivatives of higher or
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -130,23 +131,34 @@ class _Aggregate(torch.autograd.Function):
     def forward(ctx: Any, edges: Edges, reduce: int, x: Tensor, edge_weight: Tensor | None) -> Tensor:
         out = run(x, edges.ptr, edges.index, edges.place, edge_weight, None, reduce)
         ctx.edges, ctx.reduce = edges, reduce
-        ctx.save_for_backward(x, edge_weight, out if reduce not in (SUM, MEAN) else None)
+        ctx.save_for_backward(x, edge_weight, out if reduce not in (SUM, MEAN) else None, *edges.saved())
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        x, edge_weight, result = ctx.saved_tensors
+        x, edge_weight, result, *_ = ctx.saved_tensors
         need_x, need_weight = ctx.needs_input_grad[2:]
         if differentiable((grad,)):
-            needed = [t for t, need in ((x, need_x), (edge_weight, need_weight)) if need]
-            found = iter(again(lambda: by_reference(ctx.edges, ctx.reduce, x, edge_weight), needed, grad))
-            return None, None, next(found) if need_x else None, next(found) if need_weight else None
+
+            def run_again(x: Tensor, edge_weight: Tensor | None) -> Tensor:
+                return by_reference(ctx.edges, ctx.reduce, x, edge_weight)
+
+            return None, None, *again(run_again, (x, edge_weight), (need_x, need_weight), grad)
         return None, None, *gradients(grad, x, edge_weight, result, ctx.edges, ctx.reduce, need_x, need_weight)
 
 
-def again(function: Any, inputs: list[Tensor], grad: Tensor) -> tuple[Tensor, ...]:
-    """The gradients of a function of the inputs, differentiable themselves where autograd records."""
+def again(
+    function: Callable[..., Tensor], inputs: Sequence[Tensor | None], needed: Sequence[bool], grad: Tensor
+) -> tuple[Tensor | None, ...]:
+    """The gradients of a function of the inputs where needed, differentiable themselves where autograd records."""
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        out = function()
-    return torch.autograd.grad(out, inputs, grad, create_graph=create_graph)
+        # Aliases, since an input may depend on another: only the way through the function itself counts here.
+        own = [
+            t if t is None or not need else t.view_as(t) if create_graph else t.detach().requires_grad_()
+            for t, need in zip(inputs, needed, strict=True)
+        ]
+        out = function(*own)
+    wanted = [t for t, need in zip(own, needed, strict=True) if t is not None and need]
+    found = iter(torch.autograd.grad(out, wanted, grad, create_graph=create_graph))
+    return tuple(next(found) if need else None for need in needed)

@@ -7,8 +7,9 @@ result, the backward gathers :math:`Z = A^\top G` along the edges turned around,
     \frac{\partial L}{\partial X} = Z W, \qquad \frac{\partial L}{\partial W} = Z^\top X, \qquad
     \frac{\partial L}{\partial w_e} = \frac{c_e}{w_e} \langle g_{t_e}, W x_{s_e} \rangle .
 
-It needs :math:`K` columns of each neighbour. Where ``D`` are fewer, and for max and min, the forward keeps the
-aggregated features :math:`H`, and the backward is that of a linear layer on :math:`H` and of the aggregation.
+It needs :math:`K` columns of each neighbour. Where another way costs less (``D`` are fewer, or :math:`X` needs no
+gradient), and for max and min, the forward keeps the aggregated features :math:`H`, and the backward is that of a
+linear layer on :math:`H` and of the aggregation.
 """
 
 from __future__ import annotations
@@ -54,8 +55,7 @@ class Arguments(NamedTuple):
 def aggregate_linear(args: Arguments, edges: Edges, reduce: int) -> Tensor:
     """The op, with derivatives. Arguments are known to fit."""
     records = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args.flat())
-    keep = records and keeps(args, reduce)
-    project_first = not keep and projects_first(args, edges, reduce)
+    project_first, keep = plan(args, edges, reduce, records)
     if torch.compiler.is_compiling():
         result: Tensor = torch.ops.torch_mtl_pyg.aggregate_linear(*_call(args, edges, reduce, project_first, keep))[0]
         return result
@@ -65,24 +65,32 @@ def aggregate_linear(args: Arguments, edges: Edges, reduce: int) -> Tensor:
     return _run(args, edges, reduce, project_first, keep)[0]
 
 
-def keeps(args: Arguments, reduce: int) -> bool:
-    """Whether the backward wants the aggregated features."""
-    return reduce not in (SUM, MEAN) or args.k > args.x.shape[1]
-
-
 # What a byte gathered from anywhere costs, in multiply-adds: some 10 GB/s against 50e9 multiply-adds a second and core.
 _BYTE = 5.0
 
 
-def projects_first(args: Arguments, edges: Edges, reduce: int) -> bool:
-    """Whether it costs less to project the features and to aggregate the results."""
+def plan(args: Arguments, edges: Edges, reduce: int, records: bool) -> tuple[bool, bool]:
+    """What costs least: whether to project first, and whether to keep the aggregated features for the backward."""
     if reduce not in (SUM, MEAN):
-        return False
+        return False, records
     num_dst, num_edges, size = edges.ptr.shape[0] - 1, edges.index.shape[0], args.x.element_size()
     products, d, k = sum(w.numel() for w in args.weights), args.x.shape[1], args.k
-    wide = max(4, size)  # of the results, kept as sums
-    aggregate_first = num_edges * d * size * _BYTE + num_dst * products
-    return edges.num_src * (products + k * wide * _BYTE) + num_edges * k * wide * _BYTE < aggregate_first
+    wide_size = max(4, size)  # of projected rows, kept as sums
+    gather_d, gather_k = num_edges * d * size * _BYTE, num_edges * k * size * _BYTE
+    aggregate_first = gather_d + num_dst * products
+    project_first = edges.num_src * (products + k * wide_size * _BYTE) + num_edges * k * wide_size * _BYTE
+    first = project_first < aggregate_first
+    if not records:
+        return first, False
+    need_x, need_edges = args.x.requires_grad, args.edge_weight is not None and args.edge_weight.requires_grad
+    need_weights = any(w.requires_grad for w in args.weights)
+    # The backward from the aggregated features, and the one that gathers the gradients of the results.
+    kept = num_dst * (products * (need_weights + (need_x or need_edges)) + 2 * d * size * _BYTE)
+    kept += gather_d * (need_x + need_edges)
+    gathered = gather_k * ((need_x or need_weights) + need_edges)
+    gathered += edges.num_src * products * (need_x + need_weights + need_edges)
+    keep = aggregate_first + kept < min(project_first, aggregate_first) + gathered
+    return first and not keep, keep
 
 
 def _call(args: Arguments, edges: Edges, reduce: int, project_first: bool, keep: bool) -> tuple[Any, ...]:
@@ -171,8 +179,11 @@ def gradients(
                     parts = _cut(flat, (*weights, *root_weights) if together else weights)
                     d_weights, d_root_weights = parts[: len(weights)], (parts[len(weights) :] or d_root_weights)
             if needs.edge_weight:
-                projected = reference_graph.block_linear(x, weights)
-                d_edge = ops.edge_dots(grad, rows(projected), edges.ptr, edges.index, edges.place, reduce)
+                assert edge_weight is not None
+                # In the dtype of sums: x W^T need not fit 16 bits.
+                projected = reference_graph.block_linear(wide(x), [wide(w) for w in weights])
+                dots = ops.edge_dots(rows(wide(grad)), rows(projected), edges.ptr, edges.index, edges.place, reduce)
+                d_edge = dots.to(edge_weight.dtype)
         if root is not None and not together and (needs.root or needs.root_weights):
             d_root, d_root_weights = _block_gradients(grad, root, root_weights, needs.root, needs.root_weights)
         if needs.bias:
@@ -231,7 +242,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
     x, ptr, index, place, edge_weight, weights, root, root_weights, bias, ctx.reduce, _, keep = inputs
     args = Arguments(x, edge_weight, tuple(weights), root, tuple(root_weights), bias)
     ctx.blocks, ctx.root_is_x = len(weights), root is x
-    if not keep and keeps(args, ctx.reduce) and ctx.reduce not in (SUM, MEAN):
+    if not keep and ctx.reduce not in (SUM, MEAN):
         raise NotImplementedError("keep: expected True in a call of max or min that needs gradients.")
     ctx.save_for_backward(ptr, index, place, output[1] if keep else None, *args.flat())
 
@@ -271,20 +282,21 @@ class _AggregateLinear(torch.autograd.Function):
         args = Arguments.of(flat, blocks)
         out, aggregated = _run(args, edges, reduce, project_first, keep)
         ctx.edges, ctx.reduce, ctx.blocks, ctx.root_is_x = edges, reduce, blocks, args.root is args.x
-        ctx.save_for_backward(aggregated if keep else None, *flat)
+        ctx.save_for_backward(aggregated if keep else None, *flat, *edges.saved())
+        ctx.flat = len(flat)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        aggregated, *flat = ctx.saved_tensors
+        aggregated, *flat = ctx.saved_tensors[: 1 + ctx.flat]
         need = ctx.needs_input_grad[5:]
         nothing = (None,) * 5
         if differentiable((grad,)):
-            args = Arguments.of(flat, ctx.blocks)
-            # x as the root too is one tensor, asked for once: autograd then gives its whole gradient.
-            wanted = [i for i, n in enumerate(need) if n and not (i == 2 and ctx.root_is_x)]
-            found = again(lambda: _by_reference(args, ctx.edges, ctx.reduce), [flat[i] for i in wanted], grad)
-            return *nothing, *(found[wanted.index(i)] if i in wanted else None for i in range(len(flat)))
+
+            def run_again(*flat: Tensor | None) -> Tensor:
+                return _by_reference(Arguments.of(flat, ctx.blocks), ctx.edges, ctx.reduce)
+
+            return *nothing, *again(run_again, flat, need, grad)
         args = _with_root(Arguments.of(flat, ctx.blocks), ctx.root_is_x)
         b = 4 + ctx.blocks
         needs = Needs(need[0], need[1], need[2], need[3], any(need[4:b]), any(need[b:]))

@@ -35,6 +35,11 @@ class Edges:
     def of(adjacency: Adjacency) -> Edges:
         return Edges(*adjacency.by_target(), adjacency.num_src, adjacency)
 
+    def saved(self) -> tuple[Tensor | None, ...]:
+        """What a backward reads, to be saved for it: then a change in between is an error, as for other tensors."""
+        given = () if self.adjacency is None else self.adjacency.given()
+        return (self.ptr, self.index, self.place, *given)
+
     def by_source(self) -> tuple[Tensor, Tensor, Tensor | None]:
         if self.adjacency is not None:
             return self.adjacency.by_source()
