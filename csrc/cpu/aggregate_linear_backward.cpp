@@ -25,13 +25,13 @@ namespace {
 
 using torch::stable::parallel_for;
 
-// Blocks of a tile's part of dW that stay in the second-level cache.
-constexpr int64_t kBlockK = 192, kBlockD = 256;
+// Blocks of dW and tiles that stay in the second-level cache; slices of the rows, each with sums of its own.
+constexpr int64_t kBlockK = 192, kBlockD = 256, kTileBytes = 320 << 10, kMaxSlices = 32;
 
 // sum [g.cols, x.cols] += g^T x, in blocks of nearly equal size.
 void add_outer(const Kernels& k, const Sums& sums, const Matrix& g, const Matrix& x, char* sum, void* scratch) {
   auto step = [](int64_t size, int64_t most) {
-    const int64_t blocks = (size + most - 1) / most;
+    const int64_t blocks = std::max<int64_t>(1, (size + most - 1) / most);
     return std::min(most, (size + blocks - 1) / blocks + 15) / 16 * 16;
   };
   const int64_t step_k = std::max<int64_t>(16, step(g.cols, kBlockK)),
@@ -52,111 +52,158 @@ struct Piece {
   Buffer panels;
 };
 
-std::tuple<Tensor, Tensor> aggregate_linear_backward(
-    const Tensor& grad, const Tensor& x, const Tensor& source_ptr, const Tensor& source_index,
-    const std::optional<Tensor>& source_place, const std::optional<Tensor>& edge_weight,
-    const std::optional<Tensor>& factors, const std::vector<Tensor>& weight_list, const std::vector<Tensor>& root_list,
-    bool need_x, bool need_weight) {
-  const DType type = dtype_of(x, "x");
-  const Sums sums(type);
-  const Kernels& k = kernels();
-  check_cpu_matrix(x, "x", type);
-  GatherJob job =
-      job_of(grad, type, neighbours_of(source_ptr, source_index, source_place, grad.size(0)), Reduce::kSum, "grad");
-  set_coefficients(job, edge_weight, factors, sums.dtype());
-  const Blocks blocks(k, sums, weight_list, "weights"), roots(k, sums, root_list, "root_weights");
-  const int64_t n = x.size(0), d = x.size(1), columns = blocks.k();
-  check_size(job.graph.rows, n, "source_ptr: rows");
-  check_size(blocks.d(), d, "weights: columns");
-  check_size(grad.size(1), columns, "grad: size of dimension 1");
-  const bool with_root = roots.count() > 0;
-  if (with_root) {
-    check_size(grad.size(0), n, "grad: size of dimension 0, where x is the root too");
+// What the tiles are made of and go to.
+struct Backward {
+  const Kernels& k;
+  DType type;
+  Sums sums;
+  Blocks blocks, roots;
+  Matrix grad, x;
+  const Gathering* neighbours = nullptr;
+  std::vector<Piece> pieces;
+  char* dx = nullptr;  // or null
+  bool need_weight;
+  int64_t dw_size = 0;
+
+  Backward(const Kernels& kernels, DType dtype, const Tensor& g, const Tensor& features,
+           const std::vector<Tensor>& weights, const std::vector<Tensor>& root_weights, bool weight)
+      : k(kernels),
+        type(dtype),
+        sums(dtype),
+        blocks(k, sums, weights, "weights"),
+        roots(k, sums, root_weights, "root_weights"),
+        grad(matrix(g)),
+        x(matrix(features)),
+        need_weight(weight) {}
+
+  bool with_root() const { return roots.count() > 0; }
+  int64_t columns() const { return blocks.k(); }
+  // Of a tile of gradients: those gathered, and those of the rows themselves where x is the root too.
+  int64_t z_columns() const { return columns() * (with_root() ? 2 : 1); }
+
+  void check() const {
+    check_size(blocks.d(), x.cols, "weights: columns");
+    check_size(grad.cols, columns(), "grad: size of dimension 1");
+    if (!with_root()) return;
+    check_size(grad.rows, x.rows, "grad: size of dimension 0, where x is the root too");
     check_size(roots.count(), blocks.count(), "root_weights: number");
     for (size_t b = 0; b < blocks.count(); ++b) {
       check_size(roots.rows[b + 1], blocks.rows[b + 1], "root_weights: rows as of weights");
       check_size(roots.columns[b + 1], blocks.columns[b + 1], "root_weights: columns as of weights");
     }
   }
+
   // dW of all blocks in order, then those of the root: flat.
-  int64_t per_side = 0;
-  for (const Matrix& w : blocks.weights) per_side += w.rows * w.cols;
-  const int64_t dw_size = per_side * (with_root ? 2 : 1), z_columns = columns * (with_root ? 2 : 1);
+  void plan() {
+    const int sides = with_root() ? 2 : 1;
+    if (blocks.count() == 1 && with_root()) {
+      // Both weights below each other: one product for the neighbours and the root.
+      const int64_t rows = columns(), d = x.cols;
+      const Buffer both = make_buffer(2 * rows * d * sums.bytes);
+      for (int side = 0; side < sides; ++side)
+        for (int64_t r = 0; r < rows; ++r) {
+          const Matrix row = (side ? roots : blocks).weights[0].part(sums.type, r, r + 1, 0, d);
+          k.widen(sums.type, row.data, d, row.col_stride,
+                  static_cast<char*>(both.get()) + (side * rows + r) * d * sums.bytes);
+        }
+      pieces.push_back({0, 2 * rows, 0, d, 0, false, pack(k, sums.type, {both.get(), 2 * rows, d, d, 1})});
+      dw_size = 2 * rows * d;
+      return;
+    }
+    for (int side = 0; side < sides; ++side)
+      for (size_t b = 0; b < blocks.count(); ++b) {
+        const Matrix& w = (side ? roots : blocks).weights[b];
+        pieces.push_back({side * columns() + blocks.rows[b], w.rows, blocks.columns[b], w.cols, dw_size, side == 1,
+                          pack(k, sums.type, w)});
+        dw_size += w.rows * w.cols;
+      }
+  }
+
+  int64_t tile_rows() const {
+    return std::clamp<int64_t>(kTileBytes / ((z_columns() + 2 * x.cols) * sums.bytes), 32, k.outer_rows);
+  }
+  struct Scratch {
+    Buffer products, z, x, dx;
+  };
+  Scratch scratch() const {
+    const int64_t rows = tile_rows();
+    return {make_buffer(std::max(k.rows_scratch_bytes(sums.type), k.outer_scratch_bytes(sums.type, kBlockK, kBlockD))),
+            make_buffer(rows * z_columns() * sums.bytes), make_buffer(sums.scratch(rows, x.cols)),
+            make_buffer(sums.scratch(rows, x.cols))};
+  }
+
+  // The rows [first, last) of dx, and their part of dW. False: an edge is out of range.
+  bool tile(int64_t first, int64_t last, char* dw, const Scratch& s) const {
+    const int64_t rows = last - first, stride = z_columns();
+    char* const z = static_cast<char*>(s.z.get());
+    if (!k.gather(type, neighbours->job, first, last, false, z, stride)) return false;
+    if (with_root())
+      for (int64_t i = 0; i < rows; ++i)
+        k.widen(type, grad.part(type, first + i, first + i + 1, 0, columns()).data, columns(), 1,
+                z + (i * stride + columns()) * sums.bytes);
+    const Matrix own = sums.of(k, x.part(type, first, last, 0, x.cols), s.x.get());
+    char* const stored = dx ? dx + first * x.cols * element_bytes(type) : nullptr;
+    char* const to = sums.same ? stored : static_cast<char*>(s.dx.get());
+    for (const Piece& piece : pieces) {
+      const Matrix g{z + piece.z * sums.bytes, rows, piece.width, stride, 1};
+      if (dx)
+        k.rows(sums.type, g, piece.panels.get(), piece.cols, nullptr, piece.accumulate, to + piece.x * sums.bytes,
+               x.cols, s.products.get());
+      if (need_weight)
+        add_outer(k, sums, g, own.part(sums.type, 0, rows, piece.x, piece.x + piece.cols), dw + piece.sum * sums.bytes,
+                  s.products.get());
+    }
+    if (dx && !sums.same) k.narrow(type, to, rows * x.cols, stored);
+    return true;
+  }
+};
+
+std::tuple<Tensor, Tensor> aggregate_linear_backward(
+    const Tensor& grad, const Tensor& x, const Tensor& source_ptr, const Tensor& source_index,
+    const std::optional<Tensor>& source_place, const std::optional<Tensor>& edge_weight,
+    const std::optional<Tensor>& factors, const std::vector<Tensor>& weights, const std::vector<Tensor>& root_weights,
+    bool need_x, bool need_weight) {
+  const DType type = dtype_of(x, "x");
+  const Kernels& k = kernels();
+  check_cpu_matrix(x, "x", type);
+  GatherJob job =
+      job_of(grad, type, neighbours_of(source_ptr, source_index, source_place, grad.size(0)), Reduce::kSum, "grad");
+  Backward backward(k, type, grad, x, weights, root_weights, need_weight);
+  const Sums& sums = backward.sums;
+  set_coefficients(job, edge_weight, factors, sums.dtype());
+  const int64_t n = x.size(0), d = x.size(1), columns = backward.columns();
+  check_size(job.graph.rows, n, "source_ptr: rows");
+  backward.check();
+  backward.plan();
+  const int64_t dw_size = backward.dw_size;
   Tensor dx = need_x ? empty(x, {n, d}) : empty(x, {0}), dw = need_weight ? empty(x, {dw_size}) : empty(x, {0});
   char* const dw_out = need_weight ? static_cast<char*>(dw.mutable_data_ptr()) : nullptr;
+  if (need_x) backward.dx = static_cast<char*>(dx.mutable_data_ptr());
   if (n == 0 || columns == 0) {
     if (need_weight) std::memset(dw_out, 0, dw_size * element_bytes(type));
-    if (need_x) std::memset(dx.mutable_data_ptr(), 0, n * d * element_bytes(type));
+    if (need_x) std::memset(backward.dx, 0, n * d * element_bytes(type));
     return {dx, dw};
   }
+  const Gathering neighbours(k, type, job);
+  backward.neighbours = &neighbours;
 
-  std::vector<Piece> pieces;
-  if (blocks.count() == 1 && with_root) {
-    // Both weights below each other: one product for the neighbours and the root.
-    const Buffer both = make_buffer(2 * columns * d * sums.bytes);
-    for (int side = 0; side < 2; ++side) {
-      const Matrix& w = side ? roots.weights[0] : blocks.weights[0];
-      for (int64_t r = 0; r < columns; ++r)
-        k.widen(sums.type, w.part(sums.type, r, r + 1, 0, d).data, d, w.col_stride,
-                static_cast<char*>(both.get()) + (side * columns + r) * d * sums.bytes);
-    }
-    pieces.push_back({0, 2 * columns, 0, d, 0, false, pack(k, sums.type, {both.get(), 2 * columns, d, d, 1})});
-  } else {
-    for (int side = 0; side < (with_root ? 2 : 1); ++side) {
-      int64_t sum = side * per_side;
-      for (size_t b = 0; b < blocks.count(); ++b) {
-        const Matrix& w = side ? roots.weights[b] : blocks.weights[b];
-        pieces.push_back({side * columns + blocks.rows[b], w.rows, blocks.columns[b], w.cols, sum, side == 1,
-                          pack(k, sums.type, w)});
-        sum += w.rows * w.cols;
-      }
-    }
-  }
-  const Gathering all(k, type, job);
-
-  constexpr int64_t kMaxSlices = 32;
-  const int64_t row_bytes = (z_columns + 2 * d) * sums.bytes;
-  const int64_t tile_rows = std::clamp<int64_t>((int64_t(320) << 10) / row_bytes, 32, k.outer_rows);
-  const int64_t row_work = 1 + z_columns * d * ((need_x ? 1 : 0) + (need_weight ? 1 : 0)) / (16 * columns) / 2;
   int64_t slices = std::clamp<int64_t>(n / 256, 1, kMaxSlices);
   if (need_weight) slices = std::clamp<int64_t>((int64_t(1) << 24) / std::max<int64_t>(1, dw_size), 1, slices);
-  if (slices > 1 && slices % 2) --slices;
-  const std::vector<int64_t> borders = all.borders(slices, row_work);
+  if (slices > 1 && slices % 2) --slices;  // few threads get equal shares
+  const int64_t products = backward.z_columns() * d * (need_x + need_weight);
+  // A product costs what 16 multiply-adds to a gathered number come to.
+  const std::vector<int64_t> borders = neighbours.borders(slices, 1 + products / (16 * columns));
   const Buffer parts = make_buffer(need_weight ? slices * dw_size * sums.bytes : 0);
   std::vector<char> good(slices, 1);
-  const int64_t work = 4 * (job.graph.edges + n) * columns + 2 * n * z_columns * d;
+  const int64_t work = 4 * (job.graph.edges + n) * columns + n * products;
   parallel_for(0, slices, grain(work / slices + 1), [&](int64_t begin, int64_t end) {
-    const Buffer scratch = make_buffer(
-                     std::max(k.rows_scratch_bytes(sums.type), k.outer_scratch_bytes(sums.type, kBlockK, kBlockD))),
-                 z_tile = make_buffer(tile_rows * z_columns * sums.bytes),
-                 x_tile = make_buffer(sums.scratch(tile_rows, d)), dx_tile = make_buffer(sums.scratch(tile_rows, d));
-    char* const z = static_cast<char*>(z_tile.get());
+    const Backward::Scratch scratch = backward.scratch();
+    const int64_t step = backward.tile_rows();
     for (int64_t slice = begin; slice < end; ++slice) {
-      char* const sum = static_cast<char*>(parts.get()) + (need_weight ? slice * dw_size * sums.bytes : 0);
+      char* const sum = need_weight ? static_cast<char*>(parts.get()) + slice * dw_size * sums.bytes : nullptr;
       if (need_weight) std::memset(sum, 0, dw_size * sums.bytes);
-      for (int64_t r = borders[slice]; r < borders[slice + 1]; r += tile_rows) {
-        const int64_t last = std::min(borders[slice + 1], r + tile_rows), rows = last - r;
-        good[slice] = k.gather(type, all.job, r, last, false, z, z_columns);
-        if (!good[slice]) break;
-        if (with_root)
-          for (int64_t i = 0; i < rows; ++i)
-            k.widen(type, static_cast<const char*>(job.x) + (r + i) * job.row_stride * element_bytes(type), columns, 1,
-                    z + (i * z_columns + columns) * sums.bytes);
-        const Matrix rows_of_x = sums.of(k, matrix(x).part(type, r, last, 0, d), x_tile.get());
-        char* const dx_stored =
-            need_x ? static_cast<char*>(dx.mutable_data_ptr()) + r * d * element_bytes(type) : nullptr;
-        char* const dx_rows = sums.same ? dx_stored : static_cast<char*>(dx_tile.get());
-        for (const Piece& piece : pieces) {
-          const Matrix g{z + piece.z * sums.bytes, rows, piece.width, z_columns, 1};
-          if (need_x)
-            k.rows(sums.type, g, piece.panels.get(), piece.cols, nullptr, piece.accumulate,
-                   dx_rows + piece.x * sums.bytes, d, scratch.get());
-          if (!need_weight) continue;
-          add_outer(k, sums, g, rows_of_x.part(sums.type, 0, rows, piece.x, piece.x + piece.cols),
-                    sum + piece.sum * sums.bytes, scratch.get());
-        }
-        if (need_x && !sums.same) k.narrow(type, dx_rows, rows * d, dx_stored);
-      }
+      for (int64_t r = borders[slice]; r < borders[slice + 1] && good[slice]; r += step)
+        good[slice] = backward.tile(r, std::min(borders[slice + 1], r + step), sum, scratch);
     }
   });
   check_good(good);
