@@ -111,7 +111,7 @@ def _meta(x: Tensor, ptr: Tensor, *_: Any) -> Tensor:
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, ptr, index, place, edge_weight, factors, ctx.reduce = inputs
     if factors is not None and factors.requires_grad:
-        raise NotImplementedError("factors: expected a tensor that needs no gradient.")
+        raise ValueError("factors: expected a tensor that needs no gradient.")
     extreme = ctx.reduce not in (SUM, MEAN)
     ctx.save_for_backward(x, ptr, index, place, edge_weight, factors, output if extreme else None)
 
@@ -119,7 +119,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, ptr, index, place, edge_weight, factors, result = ctx.saved_tensors
     if factors is not None:
-        raise NotImplementedError("factors: expected None in a call that needs gradients.")
+        raise ValueError("factors: expected None in a call that needs gradients.")
     edges = Edges(ptr, index, place, x.shape[0])
     need_x, need_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[4]
     dx, dw = gradients(grad, x, edge_weight, result, edges, ctx.reduce, need_x, need_weight)

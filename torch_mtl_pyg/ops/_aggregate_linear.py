@@ -243,7 +243,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
     args = Arguments(x, edge_weight, tuple(weights), root, tuple(root_weights), bias)
     ctx.blocks, ctx.root_is_x = len(weights), root is x
     if not keep and ctx.reduce not in (SUM, MEAN):
-        raise NotImplementedError("keep: expected True in a call of max or min that needs gradients.")
+        raise ValueError("keep: expected True in a call of max or min that needs gradients.")
     ctx.save_for_backward(ptr, index, place, output[1] if keep else None, *args.flat())
 
 
