@@ -181,6 +181,7 @@ def test_instruction_sets_and_defines(csrc: Path, tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("CXX", str(compiler))
     monkeypatch.setenv("CXXFLAGS", "-DMINE='a b'")
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(_build, "foreign_isas", frozenset)
     if not X86:
         pytest.skip("needs a compiler for x86-64")
     built()
@@ -199,6 +200,18 @@ def test_instruction_sets_and_defines(csrc: Path, tmp_path: Path, monkeypatch: p
     assert order == ["library.o", "kernels_baseline.o", "kernels_avx2.o", "kernels_avx512.o"]
 
 
+def test_first_use_leaves_out_what_the_cpu_has_not(csrc: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (csrc / "cpu" / "kernels_avx512.cpp").write_text("#error not for this CPU\n")
+    (csrc / "library.cpp").write_text(EXPORT + "#ifdef MTL_WITHOUT_AVX512\nEXPORT int answer() { return 7; }\n#endif\n")
+    monkeypatch.setattr(_build, "foreign_isas", lambda: frozenset({"avx512", "avx512_bf16"}))
+    assert ctypes.CDLL(str(built())).answer() == 7
+
+
+def test_the_emulation_leaves_nothing_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_MTL_PYG_EMULATE", "1")
+    assert not _build.foreign_isas()
+
+
 def test_other_cpus_get_the_baseline_only(csrc: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (csrc / "cpu" / "kernels_avx2.cpp").write_text("#error not for this CPU\n")
     (csrc / "library.cpp").write_text(EXPORT + "#ifdef MTL_WITHOUT_AVX2\nEXPORT int answer() { return 7; }\n#endif\n")
@@ -211,7 +224,9 @@ def test_emulation_compiles_wide_kernels_for_avx2(csrc: Path, monkeypatch: pytes
     check = "#if defined(__AVX512F__) || !defined(__AVX2__) || !defined(MTL_EMULATE_AVX512)\n#error flags\n#endif\n"
     (csrc / "cpu" / "kernels_avx512.cpp").write_text(check)
     (csrc / "cpu" / "kernels_avx512_bf16.cpp").write_text(check)
-    assert not _extension._load().loaded
+    with monkeypatch.context() as patch:
+        patch.setattr(_build, "foreign_isas", frozenset)
+        assert not _extension._load().loaded
     monkeypatch.setenv("TORCH_MTL_PYG_EMULATE", "1")
     built()
 

@@ -219,7 +219,7 @@ def _build_into(folder: Path, csrc: Path) -> Path:
     try:
         library = work / "library.so"
         try:
-            _build.build(library, csrc=csrc)
+            _build.build(library, csrc=csrc, for_this_cpu=True)
             if _key(csrc) != folder.name:  # edited between computing the key and building
                 raise _build.BuildError(f"The sources in {csrc} changed before they were compiled. Start again.")
         except _build.BuildError as error:
