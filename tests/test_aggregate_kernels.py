@@ -205,14 +205,3 @@ def test_nan_and_inf_stay_with_their_neighbours(isa: str) -> None:
         out = aggregate(x, adjacency, None, reduce)
         assert out[0].isfinite().all() and out[1].isnan().all() and out[3].isfinite().all()
         assert out[2].isinf().sum() == (0 if reduce == "min" else 1)
-
-
-def test_the_order_of_the_products_is_a_matter_of_cost(fused: None) -> None:
-    """Either order gives the same: many columns to few, few to many, on graphs with many and with few edges."""
-    for d, k, count in ((100, 3, 5000), (3, 100, 5000), (50, 60, 10), (64, 64, 800)):
-        x, w = torch.randn(50, d, dtype=torch.float64), torch.randn(k, d, dtype=torch.float64)
-        adjacency = Adjacency.of(edges(50, 50, count), 50)
-        torch.testing.assert_close(
-            aggregate_linear(x, adjacency, [w], reduce="mean"),
-            reference_graph.aggregate_linear(x, adjacency, [w], reduce="mean"),
-        )

@@ -120,3 +120,112 @@ def test_the_plan_goes_by_cost(fused: None) -> None:
     # A sampled layer reads few of its sources: the backward goes by the targets.
     assert plan(128, 32, 100_000, 500, 1000, x_grad=False) == (False, True)
     assert plan(64, 64, 1000, 1000, 5000, x_grad=False, records=False) == (False, False)
+
+
+@pytest.mark.parametrize("blocks", ([(2, 0), (3, 7)], [(0, 3), (2, 4)], [(2, 0)]))
+def test_blocks_without_rows_or_columns(any_backend: str, blocks: Any) -> None:
+    adjacency = Adjacency.of(torch.tensor([[0, 1, 2], [1, 0, 0]]), 3)
+    x = random(3, sum(f for _, f in blocks))
+    weights, bias = [random(*shape) for shape in blocks], random(sum(c for c, _ in blocks))
+    out = aggregate_linear(x, adjacency, weights, bias)
+    assert out.shape == (3, sum(c for c, _ in blocks))
+    same_gradients(out.sin().sum(), [x, bias, *weights])
+
+
+@pytest.mark.parametrize(("aggr", "weighted"), [("sum", True), ("mean", True), ("max", False)])
+def test_hubs_both_ways(fused: None, aggr: str, weighted: bool) -> None:
+    """A node that receives from all and sends to all, in float32, for few and for many columns, against float64."""
+    n = 3000
+    others = torch.arange(n)
+    edge_index = torch.cat(
+        (torch.stack((others, torch.full_like(others, 5))), torch.stack((torch.full_like(others, 5), others))), dim=1
+    )
+    weight = torch.rand(2 * n, dtype=torch.float64) if weighted else None
+    for d, k in ((40, 3), (3, 40)):
+        conv = mtl.MultiTaskConv(d, {"a": k}, aggr=aggr).double()
+        x, results = torch.randn(n, d, dtype=torch.float64), []
+        for backend, dtype in (("reference", torch.float64), ("fused", torch.float32)):
+            with mtl.use_backend(backend):
+                conv = conv.to(dtype)
+                given = x.to(dtype).requires_grad_()
+                own = None if weight is None else weight.to(dtype).requires_grad_()
+                out = conv.packed(given, edge_index, own)
+                wanted = [given, *conv.parameters(), *([] if own is None else [own])]
+                grad = torch.linspace(-1, 1, out.numel(), dtype=dtype).view_as(out)
+                results.append([out, *torch.autograd.grad(out, wanted, grad)])
+        for exact, got in zip(*results, strict=True):
+            assert (got.double() - exact).norm() <= 2e-6 * exact.norm()
+
+
+def test_long_sums_of_shares(fused: None) -> None:
+    """The maximum of a million nodes is one node's value: its gradient is a sum of a million terms."""
+    n = 1_000_000
+    edge_index = torch.stack((torch.zeros(n, dtype=torch.int64), torch.arange(n)))
+    x = torch.ones(1, 3, requires_grad=True)
+    out = aggregate(x, Adjacency.of(edge_index, 1, n), reduce="max")
+    (gradient,) = torch.autograd.grad(out, x, torch.full_like(out, 0.1))
+    torch.testing.assert_close(gradient, torch.full((1, 3), 1e5), rtol=3e-5, atol=0)
+
+
+@pytest.mark.parametrize("dynamic", (None, True))
+def test_compiled_once_for_graphs_of_all_sizes(fused: None, dynamic: bool | None) -> None:
+    torch._dynamo.reset()
+    compilations = []
+
+    def backend(module: Any, _: Any) -> Any:
+        compilations.append(1)
+        return module.forward
+
+    conv = mtl.MultiTaskConv(8, {"a": 3, "b": 2})
+    run = torch.compile(conv.packed, fullgraph=True, backend=backend, dynamic=dynamic)
+    for n in (10, 23, 41, 57, 80):
+        x, edge_index = torch.randn(n, 8), torch.randint(n, (2, 4 * n))
+        torch.testing.assert_close(run(x, edge_index), conv.packed(x, edge_index))
+    assert len(compilations) <= 3
+
+
+def test_gradients_through_the_values_of_a_matrix(any_backend: str) -> None:
+    dense = torch.rand(6, 6, dtype=torch.float64) * (torch.rand(6, 6) < 0.5)
+    x, conv = random(6, 8), mtl.MultiTaskConv(8, {"a": 3}, aggr="sum").double()
+    expected = conv.packed(x, dense.to_sparse_coo())
+    values = dense.to_sparse_csr().values().clone().requires_grad_()
+    csr = dense.to_sparse_csr()
+    matrix = torch.sparse_csr_tensor(csr.crow_indices(), csr.col_indices(), values, size=(6, 6))
+    out = conv.packed(x, matrix)
+    torch.testing.assert_close(out, expected)
+    (of_values,) = torch.autograd.grad(out.sin().sum(), values)
+    edges = dense.nonzero().t()
+    weight = dense[edges[0], edges[1]].requires_grad_()
+    (of_weights,) = torch.autograd.grad(conv.packed(x, edges.flip(0), weight).sin().sum(), weight)
+    torch.testing.assert_close(of_values, of_weights)
+
+
+def test_values_made_in_inference_mode(any_backend: str) -> None:
+    with torch.inference_mode():
+        matrix = torch.eye(4).to_sparse_csr()
+    conv = mtl.MultiTaskConv(8, {"a": 3})
+    conv.packed(torch.randn(4, 8, requires_grad=True), matrix).sum().backward()
+    assert conv.weight.grad is not None
+
+
+def test_direct_calls_can_be_differentiated_twice(fused: None) -> None:
+    ptr, index = torch.tensor([0, 2, 3]), torch.tensor([0, 1, 1])
+    x, w, weight = random(2, 3), random(2, 3), random(3)
+
+    def plain(x: Tensor, weight: Tensor) -> Tensor:
+        out: Tensor = torch.ops.torch_mtl_pyg.aggregate(x, ptr, index, None, weight, None, 1)
+        return out
+
+    def projected(x: Tensor, w: Tensor, weight: Tensor) -> Tensor:
+        out: Tensor = torch.ops.torch_mtl_pyg.aggregate_linear(
+            x, ptr, index, None, weight, [w], None, [], None, 1, False, False
+        )[0]
+        return out
+
+    assert torch.autograd.gradgradcheck(plain, (x, weight))
+    assert torch.autograd.gradgradcheck(projected, (x, w, weight))
+
+
+def test_what_aggr_may_be() -> None:
+    with pytest.raises(TypeError, match="aggr: expected a name, a list of them or an Aggregation, got int"):
+        mtl.MultiTaskConv(8, {"a": 3}, aggr=3)

@@ -178,7 +178,7 @@ def _from_coo(edge_index: Tensor, num_src: int, num_dst: int | None, flow: str) 
     known_src, known_dst = (num_rows, num_cols) if forward else (num_cols, num_rows)
     if num_dst is None:
         num_dst = known_dst if known_dst is not None else num_src
-    if known_src not in (None, num_src) or known_dst not in (None, num_dst):
+    if (known_src is not None and known_src != num_src) or (known_dst is not None and known_dst != num_dst):
         wanted = (num_src, num_dst) if forward else (num_dst, num_src)
         raise ValueError(
             f"edge_index: expected sparse_size={wanted}, the numbers of nodes, got {(num_rows, num_cols)}."
@@ -262,6 +262,7 @@ def _from_matrix(matrix: Any, num_src: int, num_dst: int | None) -> Adjacency:
         check_range("edge_index", "source", matrix._indices()[1], num_src)
         matrix = matrix.coalesce()
         ptr, index, weight = None, None, matrix.values()
+    weight = None if weight is None else _ordinary(weight)
     if weight is not None and weight.dim() != 1:
         raise ValueError(
             f"edge_index: expected a sparse matrix with one number per entry, got values of shape {list(weight.shape)}."
@@ -283,9 +284,10 @@ def _compressed(ptr: Tensor, index: Tensor, num_keys: int, num_others: int, othe
     if not torch.compiler.is_compiling() and has_values(ptr):
         ends = (int(ptr[0]), int(ptr[-1])) if ptr.shape[0] else (0, 0)
         if ptr.shape != (num_keys + 1,) or ends != (0, index.shape[0]) or not _in_order(ptr):
+            order = "" if _in_order(ptr) else ", and some fall"
             raise ValueError(
                 f"edge_index: expected {num_keys + 1} pointers that rise from 0 to {index.shape[0]}, the number of "
-                f"entries, got {list(ptr.shape)} from {ends[0]} to {ends[1]}."
+                f"entries, got {list(ptr.shape)} from {ends[0]} to {ends[1]}{order}."
             )
     return ptr, index, None
 

@@ -113,23 +113,28 @@ struct Edges {
     distance = kGatherAhead / (row_bytes + 64) + 4;
     lines = min_of(row_bytes, kGatherAhead);
   }
-  // Returns null where the edge names a row or a weight that is not there. Asks for a row further on.
-  MTL_INLINE const In* read(int64_t e, T share, T* coefficient) const {
+  // False where the edge names a row or a weight that is not there. Asks for a row further on.
+  MTL_INLINE bool read(int64_t e, T share, const In** row, T* coefficient) const {
     const Neighbours& graph = job.graph;
     const int64_t source = graph.index[e];
-    if (static_cast<uint64_t>(source) >= static_cast<uint64_t>(graph.sources)) return nullptr;
-    const char* ahead =
-        reinterpret_cast<const char*>(x + graph.index[min_of(e + distance, graph.edges - 1)] * job.row_stride);
-    __builtin_prefetch(ahead, 0, 3);
-    for (int64_t b = 64; b < lines; b += 64) __builtin_prefetch(ahead + b, 0, 3);
+    if (static_cast<uint64_t>(source) >= static_cast<uint64_t>(graph.sources)) return false;
+    ask(e + distance);
     if (job.weights) {
       const int64_t place = graph.place ? graph.place[e] : e;
-      if (static_cast<uint64_t>(place) >= static_cast<uint64_t>(graph.edges)) return nullptr;
+      if (static_cast<uint64_t>(place) >= static_cast<uint64_t>(graph.edges)) return false;
       share = share * weight_at<T>(job, place);
     }
     if (job.factors) share = share * static_cast<const T*>(job.factors)[source];
     *coefficient = share;
-    return x + source * job.row_stride;
+    *row = x + source * job.row_stride;
+    return true;
+  }
+  // Unchecked, so the address is computed as a number: asking for what is not there does nothing.
+  MTL_INLINE void ask(int64_t e) const {
+    const uint64_t source = static_cast<uint64_t>(job.graph.index[min_of(e, job.graph.edges - 1)]);
+    const uint64_t row = reinterpret_cast<uint64_t>(x) + source * static_cast<uint64_t>(job.row_stride) * sizeof(In);
+    __builtin_prefetch(reinterpret_cast<const void*>(row), 0, 3);
+    for (int64_t b = 64; b < lines; b += 64) __builtin_prefetch(reinterpret_cast<const void*>(row + b), 0, 3);
   }
 };
 
@@ -142,7 +147,7 @@ static bool gather_edges_as(const GatherJob& job, int64_t e0, int64_t e1, T shar
     const In* rows[4];
     T coefficients[4];
     for (int g = 0; g < count; ++g, ++e)
-      if (!(rows[g] = edges.read(e, share, coefficients + g))) return false;
+      if (!edges.read(e, share, rows + g, coefficients + g)) return false;
     gather_some<In, T, Take>(count, rows, coefficients, job.columns, first, out);
     first = false;
   }
@@ -163,8 +168,8 @@ static MTL_NOINLINE bool gather_narrow(const GatherJob& job, int64_t e0, int64_t
   }
   for (int64_t e = e0; e < e1; ++e) {
     T c;
-    const In* row = edges.read(e, share, &c);
-    if (!row) return false;
+    const In* row;
+    if (!edges.read(e, share, &row, &c)) return false;
     MTL_UNROLL
     for (int v = 0; v < NV; ++v) sum[v] = sum[v] + c * load_wide(row + at[v]);
   }
@@ -191,8 +196,14 @@ template <class In, class T, class Take>
 static bool gather_rows_as(const GatherJob& job, int64_t first, int64_t last, bool accumulate, T* out,
                            int64_t out_stride) {
   const int64_t* ptr = job.graph.ptr;
-  int64_t hub = 0;
-  while (hub < job.hub_count && job.hubs[hub] < first) ++hub;
+  int64_t hub = 0;  // the first one that is not before these rows
+  for (int64_t above = job.hub_count; hub < above;) {
+    const int64_t middle = (hub + above) / 2;
+    if (job.hubs[middle] < first)
+      hub = middle + 1;
+    else
+      above = middle;
+  }
   for (int64_t r = first; r < last; ++r, out += out_stride) {
     const int64_t e0 = ptr[r], e1 = ptr[r + 1];
     if (hub < job.hub_count && job.hubs[hub] == r) {
@@ -250,8 +261,7 @@ static bool edge_dots_as(const GatherJob& job, const Matrix& a, int64_t e0, int6
   constexpr int64_t L = VectorOf<T>::lanes;
   const Neighbours& graph = job.graph;
   const In* const x = static_cast<const In*>(job.x);
-  const int64_t row_bytes = job.columns * static_cast<int64_t>(sizeof(In));
-  const int64_t distance = kGatherAhead / (row_bytes + 64) + 4, lines = min_of(row_bytes, kGatherAhead);
+  const Edges<In, T> edges(job);
   int64_t r = 0;  // the last row that starts at e0 or before
   for (int64_t above = graph.rows; above - r > 1;) {
     const int64_t middle = (r + above) / 2;
@@ -263,9 +273,7 @@ static bool edge_dots_as(const GatherJob& job, const Matrix& a, int64_t e0, int6
     if (static_cast<uint64_t>(source) >= static_cast<uint64_t>(graph.sources) ||
         static_cast<uint64_t>(place) >= static_cast<uint64_t>(graph.edges))
       return false;
-    const char* ahead =
-        reinterpret_cast<const char*>(x + graph.index[min_of(e + distance, graph.edges - 1)] * job.row_stride);
-    for (int64_t b = 0; b < lines; b += 64) __builtin_prefetch(ahead + b, 0, 3);
+    edges.ask(e + edges.distance);
     const In *own = at<In>(a, r, 0), *other = x + source * job.row_stride;
     Vec<T> sums[2]{};
     int64_t i = 0;
@@ -330,18 +338,23 @@ static bool tie_sums_as(const GatherJob& job, const Matrix& x, const T* shares, 
   for (int64_t r = first; r < last; ++r)
     for (int64_t i0 = 0; i0 < job.columns; i0 += kBlock) {
       const int64_t width = min_of(kBlock, job.columns - i0);
-      T sum[kBlock];
+      T sum[kBlock], part[kBlock];
       for (int64_t i = 0; i < width; ++i) sum[i] = T(0);
       const In* own = at<In>(x, r, i0);
-      for (int64_t e = graph.ptr[r]; e < graph.ptr[r + 1]; ++e) {
-        const int64_t target = graph.index[e];
-        if (static_cast<uint64_t>(target) >= static_cast<uint64_t>(graph.sources)) return false;
-        const In* best = static_cast<const In*>(job.x) + target * job.row_stride + i0;
-        const T* share = shares + target * job.columns + i0;
-        int64_t i = 0;
-        for (; i + L <= width; i += L)
-          store<T>(sum + i, load<T>(sum + i) + keep<T>(holds<In, T>(best + i, own + i), load<T>(share + i)));
-        for (; i < width; ++i) sum[i] += holds_one<In, T>(best + i, own + i) ? share[i] : T(0);
+      // Chains of kHubEdges, whose sums are added: the error of one long chain would grow with its length.
+      for (int64_t e0 = graph.ptr[r], end = graph.ptr[r + 1]; e0 < end; e0 += kHubEdges) {
+        for (int64_t i = 0; i < width; ++i) part[i] = T(0);
+        for (int64_t e = e0; e < min_of(e0 + kHubEdges, end); ++e) {
+          const int64_t target = graph.index[e];
+          if (static_cast<uint64_t>(target) >= static_cast<uint64_t>(graph.sources)) return false;
+          const In* best = static_cast<const In*>(job.x) + target * job.row_stride + i0;
+          const T* share = shares + target * job.columns + i0;
+          int64_t i = 0;
+          for (; i + L <= width; i += L)
+            store<T>(part + i, load<T>(part + i) + keep<T>(holds<In, T>(best + i, own + i), load<T>(share + i)));
+          for (; i < width; ++i) part[i] += holds_one<In, T>(best + i, own + i) ? share[i] : T(0);
+        }
+        add_run(part, width, sum);
       }
       narrow_run(sum, width, out + r * job.columns + i0);
     }

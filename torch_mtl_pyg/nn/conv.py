@@ -100,6 +100,8 @@ class MultiTaskConv(MessagePassing):  # type: ignore[misc]
             raise ValueError(f"in_channels: expected one number or a pair, got {in_channels!r}.")
         names = ("in_channels[0]", "in_channels[1]") if pair is in_channels else ("in_channels", "in_channels")
         channels = [checked_channels(name, given, layout) for name, given in zip(names, pair, strict=True)]
+        if not isinstance(aggr, (str, list, tuple, Aggregation, type(None))):
+            raise TypeError(f"aggr: expected a name, a list of them or an Aggregation, got {type(aggr).__name__}.")
         if aggr is None:
             aggr = "mean" if normalize is None else "sum"
         if aggr == "lstm" and isinstance(channels[0], int):

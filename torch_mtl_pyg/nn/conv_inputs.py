@@ -99,7 +99,7 @@ def _sizes(sources: Features, name: str, x_dst: Any, size: Any) -> tuple[int, in
         if given is not None and given < 0:
             raise ValueError(f"size: expected numbers of nodes of at least 0, got {given}.")
     known = (num_src, size[1] if num_dst is None else num_dst)
-    if any(given not in (None, own) for given, own in zip(size, known, strict=True)):
+    if any(given is not None and given != own for given, own in zip(size, known, strict=True)):
         raise ValueError(f"size: expected {known}, the rows of x, got {tuple(size)}.")
     return known
 

@@ -84,12 +84,13 @@ def read_features(name: str, x: Any, channels: Channels, layout: TaskLayout) -> 
     if x.dim() == 3:
         check_floating(name, x, 3, "[N, T, F]")
         n, tasks, width = x.shape
-        if tasks != len(layout.names) or any(w not in (-1, width) for w in expected):
+        if tasks != len(layout.names) or any(w != -1 and w != width for w in expected):
             raise ValueError(f"{name}: expected shape {_shape(channels, layout)}, got {list(x.shape)}.")
         return Features(x.reshape(n, tasks * width), (width,) * tasks)
     check_floating(name, x, 2, _shape(channels, layout))
     total = sum(expected) if isinstance(channels, dict) else channels
-    if total not in (-1, x.shape[1]):
+    # Compared one by one: `in` does not see through symbolic sizes.
+    if total != -1 and total != x.shape[1]:
         raise ValueError(f"{name}: expected shape {_shape(channels, layout)}, got {list(x.shape)}.")
     return Features(x, expected if isinstance(channels, dict) else None)
 

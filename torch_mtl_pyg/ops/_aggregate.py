@@ -122,6 +122,13 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         raise ValueError("factors: expected None in a call that needs gradients.")
     edges = Edges(ptr, index, place, x.shape[0])
     need_x, need_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[4]
+    if differentiable((grad,)) and not torch.compiler.is_compiling():
+
+        def run_again(x: Tensor, edge_weight: Tensor | None) -> Tensor:
+            return by_reference(edges, ctx.reduce, x, edge_weight)
+
+        dx, dw = again(run_again, (x, edge_weight), (need_x, need_weight), grad)
+        return dx, None, None, None, dw, None, None
     dx, dw = gradients(grad, x, edge_weight, result, edges, ctx.reduce, need_x, need_weight)
     return dx if need_x else None, None, None, None, dw, None, None
 

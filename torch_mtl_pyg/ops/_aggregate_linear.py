@@ -252,10 +252,18 @@ def _backward(ctx: Any, grad: Tensor, of_aggregated: Tensor | None = None) -> tu
     args = _with_root(Arguments.of(flat, ctx.blocks), ctx.root_is_x)
     edges = Edges(ptr, index, place, args.x.shape[0])
     need = ctx.needs_input_grad
-    needs = Needs(need[0], need[4], need[6], need[8], any(need[5]), any(need[7]))
-    d = gradients(grad, args, aggregated, edges, ctx.reduce, needs)
+    if differentiable((grad,)) and not torch.compiler.is_compiling():
+
+        def run_again(*flat: Tensor | None) -> Tensor:
+            return _by_reference(Arguments.of(flat, ctx.blocks), edges, ctx.reduce)
+
+        needed = (need[0], need[4], need[6], need[8], *need[5], *need[7])
+        d = Arguments.of(again(run_again, flat, needed, grad), ctx.blocks)
+    else:
+        needs = Needs(need[0], need[4], need[6], need[8], any(need[5]), any(need[7]))
+        d = gradients(grad, args, aggregated, edges, ctx.reduce, needs)
     return (
-        d.x if need[0] or d.root is None else None,
+        d.x,
         None,
         None,
         None,

@@ -84,7 +84,8 @@ def check_range(name: str, what: str, index: Tensor, count: int) -> None:
         return
     if torch.compiler.is_compiling() or (index.is_cuda and torch.cuda.is_current_stream_capturing()):
         low, high = torch.aminmax(index)
-        torch._assert_async((low >= 0) & (high < count), f"{name}: expected every {what} in [0, {count})")
+        # Without the count: a symbolic size in a text would compile the function anew for every size.
+        torch._assert_async((low >= 0) & (high < count), f"{name}: expected every {what} to be one of the nodes")
         return
     if not has_values(index):
         return
