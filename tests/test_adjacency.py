@@ -292,7 +292,7 @@ def test_in_a_compiled_function(name: str) -> None:
     for a, b in zip(compiled, run(given_as), strict=True):
         assert torch.equal(a, b)
     if name == "tensor":
-        with pytest.raises(RuntimeError, match=r"edge_index: expected every source in \[0, 17\)"):
+        with pytest.raises(RuntimeError, match=r"edge_index: expected every source to be one of the nodes"):
             torch.compile(run, fullgraph=True, backend="aot_eager")(given_as + 1)
 
 
