@@ -29,7 +29,7 @@ test: $(VENV)/.test-$(TORCH)
 
 # The same tests with torch_scatter installed, which PyG then uses for its own scatter and segment.
 test-scatter: $(VENV)/.scatter-$(TORCH)
-	$(BIN)/python -m pytest --ignore tests/test_packaging.py --ignore tests/test_extension.py
+	$(BIN)/python -m pytest --ignore tests/test_packaging.py --ignore tests/test_extension.py --ignore tests/test_build.py
 
 lint: $(VENV)/.lint-$(TORCH)
 	$(BIN)/ruff check .

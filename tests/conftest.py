@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from extension_common import csrc  # noqa: F401 (a fixture of the tests of building and loading)
 
 from torch_mtl_pyg import backend
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_extension import Project
+from extension_common import Project
 
 from torch_mtl_pyg import _build, _extension, backend
 from torch_mtl_pyg import ops as ops_package

@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
-from test_extension import COMPILER, Project
+from extension_common import COMPILER, Project
 
 from torch_mtl_pyg import _build
 from torch_mtl_pyg._version import __version__
