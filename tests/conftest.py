@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from extension_common import csrc  # noqa: F401 (a fixture of the tests of building and loading)
+from torch_geometric.nn import Sequential
 
 from torch_mtl_pyg import backend
 
@@ -29,6 +30,12 @@ def pytest_configure() -> None:
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def sequential(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Undoes what PyG's Sequential does to its class: that of a later test could otherwise run the code of this one."""
+    monkeypatch.setattr(Sequential, "forward", Sequential.forward)
 
 
 @pytest.fixture(params=["reference", "fused"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import re
 import warnings
 from pathlib import Path
@@ -19,9 +18,6 @@ SNIPPET = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 def test_snippets_run(page: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     text = page.read_text()
     monkeypatch.chdir(tmp_path)
-    # PyG's Sequential names the code it writes by a random number, and takes code of that name that is there already:
-    # after Hypothesis has set the state, names come again.
-    random.seed()
     namespace: dict[str, Any] = {}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="torch")
