@@ -333,10 +333,19 @@ def test_sampled_subgraphs(any_backend: str) -> None:
     reason="NeighborLoader samples with pyg-lib or torch-sparse, and none is installed",
 )
 def test_neighbor_loader(any_backend: str) -> None:
-    data = Data(x=torch.randn(N, F), edge_index=graph())
-    layer = mtl.MultiTaskConv(F, TASKS)
+    """Mini-batches of two layers, trimmed to what each layer still needs, as SAGEConv computes them."""
+    data = Data(x=features(N, F), edge_index=graph())
+    singles = [SAGEConv(F, 6).double(), SAGEConv(6, 3).double()]
+    layers = [mtl.MultiTaskConv.from_modules({"a": single}) for single in singles]
     for batch in NeighborLoader(data, [3, 3], batch_size=4):
-        assert layer(batch.x, batch.edge_index)["toxic"].shape == (batch.num_nodes, 1)
+        got, expected, edges = batch.x, batch.x, batch.edge_index
+        own = edges
+        for i, (layer, single) in enumerate(zip(layers, singles, strict=True)):
+            sampled = (batch.num_sampled_nodes, batch.num_sampled_edges)
+            expected, own, _ = trim_to_layer(i, *sampled, expected, own)
+            got, edges, _ = trim_to_layer(i, *sampled, got, edges)
+            got, expected = layer(got, edges)["a"], single(expected, own)
+        torch.testing.assert_close(got[: batch.batch_size], expected[: batch.batch_size])
 
 
 def test_it_is_a_message_passing_layer() -> None:
