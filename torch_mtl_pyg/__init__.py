@@ -3,11 +3,12 @@
 from ._version import __version__
 from .backend import backend_info, use_backend
 from .balancing.cosine import task_cosine
-from .nn import MultiTaskConv, MultiTaskHeads
+from .nn import MultiTaskConv, MultiTaskEncoders, MultiTaskHeads
 from .task import Task, TaskLosses
 
 __all__ = [
     "MultiTaskConv",
+    "MultiTaskEncoders",
     "MultiTaskHeads",
     "Task",
     "TaskLosses",
