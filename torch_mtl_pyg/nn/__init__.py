@@ -3,5 +3,6 @@
 from .conv import MultiTaskConv
 from .encoders import MultiTaskEncoders
 from .heads import MultiTaskHeads
+from .model import MultiTaskModel
 
-__all__ = ["MultiTaskConv", "MultiTaskEncoders", "MultiTaskHeads"]
+__all__ = ["MultiTaskConv", "MultiTaskEncoders", "MultiTaskHeads", "MultiTaskModel"]
