@@ -61,7 +61,7 @@ def checked_edge(edge: object) -> Callable[[Tensor, Tensor], Tensor]:
 
 def has_batch(data: Data) -> bool:
     """Whether nodes are assigned to graphs."""
-    return isinstance(data, Batch) or ("batch" in data and data.batch is not None)
+    return isinstance(data, Batch) or getattr(data, "batch", None) is not None
 
 
 def level_of(task: Task, data: Data, pools: bool) -> str:
@@ -77,8 +77,9 @@ def num_graphs(data: Data) -> int:
         return int(data.num_graphs)
     if not has_batch(data):
         return 1
-    if "ptr" in data and data.ptr is not None:
-        return int(data.ptr.shape[0]) - 1
+    ptr = getattr(data, "ptr", None)
+    if isinstance(ptr, Tensor):
+        return int(ptr.shape[0]) - 1
     return int(data.batch.max()) + 1 if data.batch.shape[0] else 0
 
 

@@ -169,7 +169,8 @@ def routed_labels(parts: Mapping[str, Tensor], y: Mapping[str, Tensor | None], l
         assert own is not None
         if own.dtype in INTEGER:
             own = torch.where(labelled(layout.tasks[name], own), own.to(dtype), torch.nan)
-        own = own.to(dtype).reshape(part.shape[0], -1)
+        own = own.to(dtype)
+        own = own.unsqueeze(1) if own.dim() == 1 else own
         rows.append(F.pad(own, (0, width - own.shape[1]), value=torch.nan))
     joined = torch.cat(rows)
     return joined[:, 0] if width == 1 else joined

@@ -74,8 +74,9 @@ class TrunkInputs:
         positional: list[Any] = []
         named: dict[str, Any] = {}
         gap = False
+        keys = set(data.keys())  # once: each "in data" would make it anew
         for name, required in self._required.items():
-            value = self._value(name, data, x, num_graphs)
+            value = self._value(name, data, keys, x, num_graphs)
             if value is None:
                 if required and name != "batch":  # None: a single graph
                     raise ValueError(f"data.{name}: expected it, since the forward of the trunk takes it, got none.")
@@ -88,15 +89,15 @@ class TrunkInputs:
                 positional.append(value)
         return _checked(trunk(*positional, **named))
 
-    def _value(self, name: str, data: Data, x: Tensor | None, num_graphs: int | None) -> Any:
-        if name == self.features and (x is not None or name not in data):
+    def _value(self, name: str, data: Data, keys: set[str], x: Tensor | None, num_graphs: int | None) -> Any:
+        if name == self.features and (x is not None or name not in keys):
             return data.x if x is None else x
         # PyG's models call the number of graphs so, and PyG's samplers the number of seeds.
         if name == "batch_size" and "batch" in self._required:
-            return num_graphs if "batch" in data else None
-        if name in data:
+            return num_graphs if "batch" in keys else None
+        if name in keys:
             return data[name]
-        if name == "edge_index" and "adj_t" in data:
+        if name == "edge_index" and "adj_t" in keys:
             return data["adj_t"]
         return None
 

@@ -48,6 +48,7 @@ def disjoint_union(
         IndexError: An edge leads to a node that its own graph does not have.
     """
     counts = {name: num_graphs(data) for name, data in parts.items()} if graphs else {}
+    keys = {name: set(data.keys()) for name, data in parts.items()}  # once: each "in data" would make it anew
     merged: dict[str, Any] = {"num_nodes": sum(nodes.values())}
     if x is not None:
         merged["x"] = x
@@ -58,7 +59,7 @@ def disjoint_union(
             if graphs:
                 merged["batch"] = _batch(parts, nodes, counts)
             continue
-        values = _values(field, parts)
+        values = _values(field, parts, keys)
         if values:
             merged[field] = _merged(field, values, parts, nodes)
     return GraphUnion(Data.from_dict(merged), nodes, counts)
@@ -72,7 +73,7 @@ def node_counts(parts: Mapping[str, Data], with_x: bool) -> dict[str, int]:
     """
     counts = {}
     for name, data in parts.items():
-        x = data.x if "x" in data else None
+        x = data.x
         if isinstance(x, Tensor):
             counts[name] = int(x.shape[0])
             continue
@@ -95,9 +96,9 @@ def check_graphs(data: Mapping[Any, Any]) -> None:
             raise TypeError(f"data[{name!r}]: expected a Data or Batch, got {type(one).__name__}.")
 
 
-def _values(field: str, parts: Mapping[str, Data]) -> dict[str, Tensor]:
+def _values(field: str, parts: Mapping[str, Data], keys: Mapping[str, set[str]]) -> dict[str, Tensor]:
     """The field of each graph, or nothing where none has it."""
-    found = {name: data[field] for name, data in parts.items() if field in data and data[field] is not None}
+    found = {name: value for name, data in parts.items() if field in keys[name] and (value := data[field]) is not None}
     if found and len(found) < len(parts):
         without = next(name for name in parts if name not in found)
         raise ValueError(f"data[{without!r}].{field}: expected it, as data[{next(iter(found))!r}] has it, got none.")
@@ -134,21 +135,26 @@ def _merged(field: str, values: dict[str, Tensor], parts: Mapping[str, Data], no
             f"data[{first_name!r}].{field}: expected an int64 tensor [2, E], "
             f"got {joined.dtype} of shape {list(first.shape)}."
         )
-    sizes = torch.tensor(list(nodes.values()), device=joined.device)
-    counts = torch.tensor([value.shape[1] for value in plain], device=joined.device)
-    offsets = (sizes.cumsum(0) - sizes).repeat_interleave(counts, output_size=joined.shape[1])
-    limits = sizes.repeat_interleave(counts, output_size=joined.shape[1])
-    outside = (joined < 0) | (joined >= limits)
-    if has_values(joined) and bool(outside.any()):
-        _raise_outside(field, values, nodes)
-    return joined + offsets
+    _check_ends(field, values, nodes)
+    offset, begin = 0, 0
+    for value, count in zip(plain, nodes.values(), strict=True):
+        if offset:
+            joined[:, begin : begin + value.shape[1]] += offset
+        begin += value.shape[1]
+        offset += count
+    return joined
 
 
-def _raise_outside(field: str, values: dict[str, Tensor], nodes: dict[str, int]) -> None:
-    for name, value in values.items():
-        outside = ((value < 0) | (value >= nodes[name])).nonzero()
-        if outside.shape[0]:
-            row, column = outside[0].tolist()
+def _check_ends(field: str, values: dict[str, Tensor], nodes: dict[str, int]) -> None:
+    """An end outside of its own graph would be a node of the next."""
+    some = {name: value for name, value in values.items() if value.numel() and has_values(value)}
+    if not some:
+        return
+    # Read together: on a GPU, each number read by itself would wait for it.
+    ends = torch.stack([torch.stack(torch.aminmax(value)) for value in some.values()]).tolist()
+    for (name, value), (low, high) in zip(some.items(), ends, strict=True):
+        if low < 0 or high >= nodes[name]:
+            row, column = ((value < 0) | (value >= nodes[name])).nonzero()[0].tolist()
             raise IndexError(
                 f"data[{name!r}].{field}: expected nodes in [0, {nodes[name]}), got {int(value[row, column])} "
                 f"at edge {column}."
@@ -156,21 +162,20 @@ def _raise_outside(field: str, values: dict[str, Tensor], nodes: dict[str, int])
 
 
 def _batch(parts: Mapping[str, Data], nodes: dict[str, int], counts: dict[str, int]) -> Tensor:
-    device = next((data.batch.device for data in parts.values() if has_batch(data)), None)
-    if device is None:
-        first: Any = next(iter(parts.values()))
-        device = next((value.device for value in first.to_dict().values() if isinstance(value, Tensor)), None)
+    given = [data.batch for data in parts.values() if has_batch(data)]
+    if not given:
+        some = next((v for v in next(iter(parts.values())).to_dict().values() if isinstance(v, Tensor)), None)
+        device = None if some is None else some.device
+        sizes = torch.tensor(list(nodes.values()), device=device)
+        return torch.arange(len(nodes), device=device).repeat_interleave(sizes, output_size=sum(nodes.values()))
     vectors, offset = [], 0
     for name, data in parts.items():
-        if has_batch(data):
-            own = data.batch
-            if own.dim() != 1 or own.shape[0] != nodes[name]:
-                raise ValueError(
-                    f"data[{name!r}].batch: expected shape [{nodes[name]}], one per node, got {list(own.shape)}."
-                )
-            vectors.append(own + offset)
-        else:
-            vectors.append(torch.full((nodes[name],), offset, device=device))
+        own = data.batch if has_batch(data) else given[0].new_zeros(nodes[name])
+        if own.dim() != 1 or own.shape[0] != nodes[name]:
+            raise ValueError(
+                f"data[{name!r}].batch: expected shape [{nodes[name]}], one per node, got {list(own.shape)}."
+            )
+        vectors.append(own + offset)
         offset += counts[name]
     return torch.cat(vectors)
 
