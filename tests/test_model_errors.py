@@ -160,7 +160,7 @@ def test_what_pools_return() -> None:
         plain()(data)
     data = batch(5)
     del data.batch
-    with pytest.raises(ValueError, match="data.batch: expected it, since there are 3 graphs, got none"):
+    with pytest.raises(ValueError, match=r"data.batch: expected it, since there are 3 graphs, got none"):
         plain()(data)
 
 

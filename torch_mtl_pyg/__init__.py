@@ -3,6 +3,7 @@
 from ._version import __version__
 from .backend import backend_info, use_backend
 from .balancing.cosine import task_cosine
+from .loader import MultiTaskLoader
 from .nn import MultiTaskConv, MultiTaskEncoders, MultiTaskHeads, MultiTaskModel
 from .task import Task, TaskLosses
 
@@ -10,6 +11,7 @@ __all__ = [
     "MultiTaskConv",
     "MultiTaskEncoders",
     "MultiTaskHeads",
+    "MultiTaskLoader",
     "MultiTaskModel",
     "Task",
     "TaskLosses",
