@@ -44,7 +44,7 @@ class Problem:
     biases: list[Tensor]  # or empty
     tasks: dict[str, mtl.Task]
     labels: Any = None  # by task; routed: [N] or [N, W]
-    hidden: Hidden = Hidden()
+    hidden: Hidden = Hidden()  # noqa: RUF009 (immutable)
     route: Tensor | None = None
 
     @cached_property

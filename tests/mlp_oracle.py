@@ -4,7 +4,7 @@ The error model is that of ``accuracy.py``: the error of a result, relative to t
 that of PyTorch in the same dtype by a few roundings of the accumulator. Through the layers magnitudes are carried as
 follows, with ``S`` those of the values and ``B`` those of the gradients:
 
-- forward ``S(A) = S(H) |W|^T + |b|`` and ``S(H) = lip S(A)``: all activations are 0 at 0, with slopes of at most ``lip``;
+- forward ``S(A) = S(H) |W|^T + |b|`` and ``S(H) = lip S(A)``: activations are 0 at 0, with slopes up to ``lip``;
 - at the logits as ``loss_oracle.py`` has it: ``B = slope (1 + S)``;
 - backward ``B(A) = lip B(A') |W| + S(A) |g| |W|``, since an error of ``A`` comes back through the curvature of the
   activation, at most 1; and ``B(W) = B(A)^T |H| + |g|^T S(H)``.

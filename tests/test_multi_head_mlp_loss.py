@@ -247,13 +247,13 @@ def test_bad_labels(any_backend: str) -> None:
         assert y is not None
         y[4] = value
         for grad in (True, False):
+            x = p.x.clone().requires_grad_(grad)
             with pytest.raises(LabelError, match=message):
-                x = p.x.clone().requires_grad_(grad)
                 multi_head_mlp_loss(x, p.weights, p.biases, {**p.labels, name: y}, p.layout, p.hidden)
 
 
 def test_peak_memory_is_that_of_a_tile(fused: None) -> None:
-    """Neither the hidden units [N, T h] (300,000 KiB) nor their gradients are made: what grows are x and its gradient."""
+    """Neither the hidden units [N, T h] (300,000 KiB) nor their gradients are made: x and its gradient grow."""
     program = """
 import resource, torch, torch_mtl_pyg as mtl
 torch.set_num_threads(2)
