@@ -2,11 +2,13 @@
 
 from . import _aggregate, _aggregate_linear
 from . import group_edges as _group_edges
+from . import grouped_linear as _grouped_linear
 from . import multi_head_linear as _multi_head_linear
 from . import multi_head_loss as _multi_head_loss
 from .aggregate import aggregate
 from .aggregate_linear import aggregate_linear
 from .group_edges import group_edges
+from .grouped_linear import grouped_linear
 from .multi_head_linear import multi_head_linear, multi_head_linear_split
 from .multi_head_loss import multi_head_loss
 
@@ -14,6 +16,7 @@ __all__ = [
     "aggregate",
     "aggregate_linear",
     "group_edges",
+    "grouped_linear",
     "multi_head_linear",
     "multi_head_linear_split",
     "multi_head_loss",
@@ -26,5 +29,6 @@ def register() -> None:
     _group_edges.register()
     _aggregate.register()
     _aggregate_linear.register()
+    _grouped_linear.register()
     _multi_head_linear.register()
     _multi_head_loss.register()
