@@ -4,9 +4,9 @@ Data: Cora, 2,708 papers with their words and citations. Tasks: the subject of a
 triangle of citations (2), and how many papers are linked to it (1 to 2, 3 to 4, more: 3). The last two are properties
 of the graph, there to have several tasks on the same rows.
 
-Where each row comes with its task, as in data put together from several sources, ``task_idx`` is part of the data. Here
-every paper has a label of every task, so the rows take turns: in epoch ``e``, paper ``i`` serves task ``(i + e) mod T``.
-After ``T`` epochs each training paper has served each task once, and every step costs as much as one task alone.
+Where each row comes with its task, as in data put together from several sources, ``task_idx`` is part of the data.
+Here every paper has a label of every task, so the rows take turns: in epoch ``e``, paper ``i`` serves the task
+``(i + e) mod T``. After ``T`` epochs each training paper has served each task once.
 
     python examples/shared_representation.py --root folder    # folder holds Cora/raw/ind.cora.*, and is only read
 """
@@ -14,7 +14,7 @@ After ``T`` epochs each training paper has served each task once, and every step
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -27,24 +27,6 @@ from torch_geometric.utils import degree
 import torch_mtl_pyg as mtl
 
 
-class SharedModel(torch.nn.Module):
-    """One trunk for all tasks, any GNN of PyG, and a classifier for each task."""
-
-    def __init__(self, in_channels: int, tasks: Mapping[str, mtl.Task]) -> None:
-        super().__init__()
-        self.trunk = GCN(in_channels, hidden_channels=64, num_layers=2, dropout=0.5)
-        self.heads = mtl.MultiTaskHeads(64, tasks)
-
-    def forward(self, data: Data, task: Tensor | str) -> Tensor:
-        """Row ``i`` through the head ``task[i]``: ``[N, max C_t]``. Or all rows through one head, ``[N, C_t]``."""
-        out: Tensor = self.heads(self.trunk(data.x, data.edge_index), task=task)
-        return out
-
-    def loss(self, data: Data, y: Tensor, task_idx: Tensor) -> mtl.TaskLosses:
-        """The loss of each task over its own rows. The outputs are computed on the way, and not kept."""
-        return self.heads.loss(self.trunk(data.x, data.edge_index), y, task=task_idx)
-
-
 def load(root: Path) -> tuple[Data, Tensor, dict[str, mtl.Task]]:
     """The graph; the labels of all tasks, ``[T, N]``; and the tasks in the order of their indices."""
     graph = cora(root)
@@ -52,8 +34,12 @@ def load(root: Path) -> tuple[Data, Tensor, dict[str, mtl.Task]]:
     data.x = data.x.to_dense()
     links = degree(data.edge_index[1], data.num_nodes)
     y = torch.stack([data.y, graph.tasks["triangle"].y.long(), torch.bucketize(links, torch.tensor([2.0, 4.0]))])
-    classes = {"subject": 7, "triangle": 2, "links": 3}
-    return data, y, {name: mtl.Task(count, loss="cross_entropy") for name, count in classes.items()}
+    tasks = {
+        "subject": mtl.Task(7, loss="cross_entropy"),
+        "triangle": mtl.Task(2, loss="cross_entropy", weight=0.1),  # a factor of its loss in the total
+        "links": mtl.Task(3, loss="cross_entropy", weight=0.1),
+    }
+    return data, y, tasks
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
@@ -74,7 +60,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     torch.manual_seed(args.seed)
     data, y = data.to(args.device), y.to(args.device)
     rows = torch.arange(data.num_nodes, device=y.device)
-    model = SharedModel(data.num_features, tasks).to(y.device)
+    trunk = GCN(data.num_features, hidden_channels=64, num_layers=2, dropout=0.5)  # any GNN of PyG
+    model = mtl.MultiTaskModel(trunk, mtl.MultiTaskHeads(64, tasks)).to(y.device)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01, weight_decay=5e-4)
 
     for epoch in range(1, args.epochs + 1):
@@ -82,9 +69,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         optimizer.zero_grad()
         task_idx = (rows + epoch) % len(tasks)
         own = y[task_idx, rows]  # each row's label in its own task
-        own[~data.train_mask] = -100  # missing: counts in no loss
-        losses = model.loss(data, own, task_idx)
-        losses.total.backward()  # their sum, each times the weight of its Task
+        losses = model.loss(data, own, mask="train_mask", task=task_idx)
+        losses.total.backward()
         optimizer.step()
         print(f"epoch {epoch:3d}: " + ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items()))
 
