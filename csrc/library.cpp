@@ -21,6 +21,18 @@ STABLE_TORCH_LIBRARY(torch_mtl_pyg, m) {
       "task_weight, bool need_x, bool need_weight, bool need_bias, bool need_gramian)"
       " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
+      "multi_head_mlp(Tensor x, Tensor[] weights, Tensor[] biases, Tensor? route, Tensor integers, Tensor? seed, int "
+      "act, "
+      "float dropout, SymInt columns) -> Tensor");
+  m.def(
+      "multi_head_mlp_backward(Tensor[] grads, Tensor x, Tensor[] weights, Tensor[] biases, Tensor? route, Tensor "
+      "integers, Tensor? seed, int act, float dropout, bool need_x, bool need_parameters) -> (Tensor, Tensor)");
+  m.def(
+      "multi_head_mlp_loss(Tensor x, Tensor[] weights, Tensor[] biases, Tensor? route, Tensor integers, Tensor? seed, "
+      "int "
+      "act, float dropout, Tensor[] targets, Tensor reals, Tensor task_weight, bool need_x, bool need_parameters, bool "
+      "need_gramian) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
       "group_edges(Tensor key, Tensor other, SymInt num_keys, SymInt num_others)"
       " -> (Tensor ptr, Tensor index, Tensor perm)");
 

@@ -19,7 +19,12 @@ def roundoff(dtype: torch.dtype) -> float:
 
 
 def assert_accurate(
-    got: Tensor, exact: Tensor, magnitude: Tensor, same_dtype: Tensor | None = None, rounded: Tensor | None = None
+    got: Tensor,
+    exact: Tensor,
+    magnitude: Tensor,
+    same_dtype: Tensor | None = None,
+    rounded: Tensor | None = None,
+    slack: Tensor | None = None,
 ) -> None:
     """Checks a result of sums of products.
 
@@ -29,6 +34,7 @@ def assert_accurate(
         magnitude: The sum of the absolute values of the terms, in float64.
         same_dtype: What PyTorch computes in the dtype of ``got``; None: only storing may round it.
         rounded: The magnitude of the terms that come from an operand rounded to the dtype of ``got`` on the way.
+        slack: What may be different besides, in absolute terms.
     """
     assert got.shape == exact.shape
     assert torch.isfinite(got).all()
@@ -36,6 +42,8 @@ def assert_accurate(
     stored = exact.abs() * info.eps / 2 + info.smallest_normal * info.eps / 2
     if rounded is not None:
         stored = stored + rounded * info.eps / 2
+    if slack is not None:
+        stored = stored + slack
     error = ((got.double() - exact).abs() - stored).clamp(min=0)
     allowed = ROUNDINGS * roundoff(got.dtype)
     scale = magnitude.clamp(min=1e-300)

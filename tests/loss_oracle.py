@@ -60,8 +60,11 @@ def expected(logits: Tensor, labels: Mapping[str, Tensor | None], tasks: Mapping
         counts.append(int(there.sum()))
         if task.loss == "cross_entropy":
             there, y = there.reshape(-1), y.reshape(-1)
-            losses.append(one_loss(task, out[there], y[there]))
             weights = torch.tensor(task.class_weight or [1.0] * task.out_channels, dtype=torch.float64)
+            if weights[y[there].long()].sum() == 0:  # nothing to take a mean of: 0 / 0 in PyTorch, 0 here
+                losses.append(logits.new_zeros(()))
+                continue
+            losses.append(one_loss(task, out[there], y[there]))
             units[:, rows][there] = weights.max() / weights[y[there].long()].sum()
             continue
         there, y = (t.reshape(t.shape[0], -1) for t in (there, y.double()))

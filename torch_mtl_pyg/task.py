@@ -140,6 +140,13 @@ class TaskLayout:
         """Pickled and copied by its tasks: read-only mappings cannot be."""
         return TaskLayout, (dict(self.tasks),)
 
+    def only(self, name: str) -> TaskLayout:
+        """The layout of one of the tasks alone, made at its first use."""
+        single: dict[str, TaskLayout] = self.__dict__.setdefault("_only", {})
+        if name not in single:
+            single[name] = TaskLayout({name: self.tasks[name]})
+        return single[name]
+
     def name(self, task: str | int, argument: str = "task") -> str:
         """The name of a task given by name or by index; ``argument`` is what the messages call it.
 

@@ -9,6 +9,7 @@
 
 #include "../common/dtype.h"
 #include "../common/graph.h"
+#include "../common/heads.h"
 #include "../common/losses.h"
 
 namespace mtl {
@@ -52,6 +53,47 @@ struct LossSums {
   bool fresh;    // weight and gram hold nothing yet
 };
 
+// ---- Heads with hidden layers, and routed rows, by tiles of rows.
+// Tasks worked on together. Panels hold accumulators, see pack_wide.
+struct HeadsGroup {
+  int64_t first_task, last_task;  // [first, last)
+  int64_t begin, end;             // columns of the logits
+  const void* panels;             // of W^T of the first layer, all tasks
+  const void* back_panels;        // of W of the first layer, for dX
+  // Of W^T and W of each task's other layers, [task * (layers - 1) + layer - 1].
+  const void* const* task_panels;
+  const void* const* task_back;
+  const void* const* bias;  // [layers]: accumulators of the group's first row, the last layer's padded; or null
+};
+struct HeadsJob {
+  LossJob loss;  // tasks, labels, what is needed (need_weight: weights and biases); groups and x_in_place are not read
+  HeadsSpec heads;
+  int64_t tile_rows;
+  int64_t widest_units;   // of one task's hidden layer
+  int64_t widest_hidden;  // of a group's hidden layer
+  bool routed;            // each group is one task, each tile has an index
+  bool x_in_place;        // rows that follow each other are read where they lie
+  bool dx_in_place;       // and dx of these is written where it lies
+  bool needs_dx;          // also for the Gramian of routed rows
+  bool gradient;          // any
+  void* out;              // outputs alone, with out_columns; or null
+  int64_t out_columns;
+};
+struct HeadsTile {
+  Matrix x;
+  const int64_t* index;  // the rows of x, labels and dx; or null: from `row` on
+  int64_t row, rows;
+  void* dx;
+};
+// Sums over rows, accumulators but for the losses; all are added to.
+struct HeadsSums {
+  double* loss;         // of the group's tasks: [T], or of routed rows one
+  void* const* weight;  // [layers]: of the rows of first_task and the following ones
+  void* const* bias;    // [layers]: the same, or null
+  int64_t first_task;
+  double* gram;  // [T, T] on and above the diagonal; of routed rows one
+};
+
 struct Kernels {
   const char* isa;
 
@@ -88,6 +130,12 @@ struct Kernels {
   int64_t (*loss_scratch_bytes)(DType type, const LossJob& job);
   void (*loss_tile)(DType type, const LossJob& job, const Matrix& x, int64_t row, int64_t next, const LossSums& sums,
                     void* dx, void* scratch);
+  // ---- One tile of rows through some groups of heads. pack_wide: all panels of accumulators.
+  int64_t (*heads_scratch_bytes)(DType type, const HeadsJob& job);
+  void (*heads_tile)(DType type, const HeadsJob& job, const HeadsGroup* groups, int64_t group_count,
+                     const HeadsTile& tile, const HeadsSums& sums, void* scratch);
+  int64_t (*wide_panels_bytes)(DType type, int64_t p, int64_t n);
+  void (*pack_wide)(DType type, const Matrix& b, void* panels);
   // ---- Neighbours. All of these return false where an edge names what is not there, which is then not read.
   // The rows [first, last) of the result, as accumulators; accumulate: added to what is there (sum and mean only).
   bool (*gather)(DType type, const GatherJob& job, int64_t first, int64_t last, bool accumulate, void* out,

@@ -22,6 +22,8 @@ namespace {
 #include "losses.h"
 #include "loss_tile.h"
 #include "label_counts.h"
+#include "activations.h"
+#include "heads_tile.h"
 #include "gather.h"
 
 // ---- The table: every function takes the stored type at run time.
@@ -115,6 +117,28 @@ static void loss_tile(DType type, const LossJob& job, const Matrix& x, int64_t r
     loss_tile_as<typename ArithmeticOf<In>::type, In>(job, x, row, next, sums, dx, scratch);
   });
 }
+static int64_t heads_scratch_bytes(DType type, const HeadsJob& job) {
+  return with_type(type, [&](auto in) { return HeadsScratch<AccOf<decltype(in)>>(job, nullptr).bytes; });
+}
+static void heads_tile(DType type, const HeadsJob& job, const HeadsGroup* groups, int64_t group_count,
+                       const HeadsTile& tile, const HeadsSums& sums, void* scratch) {
+  with_type(type, [&](auto in) {
+    using In = decltype(in);
+    heads_tile_as<AccOf<In>, In>(job, groups, group_count, tile, sums, scratch);
+  });
+}
+static int64_t wide_panels_bytes(DType type, int64_t p, int64_t n) {
+  return with_type(type, [&](auto in) {
+    using T = AccOf<decltype(in)>;
+    return p * padded_columns<Fma<T>>(n) * static_cast<int64_t>(sizeof(T));
+  });
+}
+static void pack_wide(DType type, const Matrix& b, void* panels) {
+  with_type(type, [&](auto in) {
+    using In = decltype(in);
+    pack_panels_as<Fma<AccOf<In>>, In>(b, 0, b.cols, panels);
+  });
+}
 static bool gather(DType type, const GatherJob& job, int64_t first, int64_t last, bool accumulate, void* out,
                    int64_t out_stride) {
   return with_type(type, [&](auto in) {
@@ -187,6 +211,10 @@ constexpr Kernels kTable{MTL_ISA_NAME,
                          count_labels_of,
                          loss_scratch_bytes,
                          loss_tile,
+                         heads_scratch_bytes,
+                         heads_tile,
+                         wide_panels_bytes,
+                         pack_wide,
                          gather,
                          gather_edges,
                          combine,

@@ -16,98 +16,12 @@
 #include "buffer.h"
 #include "host.h"
 #include "isa.h"
-#include "label_checks.h"
+#include "tasks.h"
 
 namespace mtl {
 namespace {
 
 using torch::stable::parallel_for;
-
-// ---- The tasks, as the kernels read them.
-struct Tasks {
-  std::vector<TaskSpec> specs;
-  int64_t n = 0, k = 0;
-  Labels matrix{};  // its col_stride is 0 where every task has a tensor of its own
-
-  Tasks(const Tensor& integers, const Tensor& reals, const std::vector<Tensor>& targets, int64_t rows, DType type)
-      : n(rows) {
-    STD_TORCH_CHECK(integers.is_cpu() && integers.dim() == 2 && integers.size(1) == 4 && integers.is_contiguous() &&
-                        integers.scalar_type() == ScalarType::Long,
-                    "integers: expected a contiguous CPU tensor [T, 4] of int64");
-    STD_TORCH_CHECK(reals.is_cpu() && reals.dim() == 1 && reals.is_contiguous() && reals.size(0) >= integers.size(0) &&
-                        reals.scalar_type() == ScalarType::Double,
-                    "reals: expected a contiguous CPU vector of at least T float64");
-    const int64_t* row = static_cast<const int64_t*>(integers.const_data_ptr());
-    const double* numbers = static_cast<const double*>(reals.const_data_ptr());
-    const int64_t count = integers.size(0);
-    int64_t outside = 0;
-    specs.resize(count);
-    for (int64_t t = 0; t < count; ++t, row += 4) {
-      TaskSpec& task = specs[t];
-      STD_TORCH_CHECK(row[0] >= 0 && row[0] <= static_cast<int64_t>(Loss::kOutside) && row[1] >= 1 &&
-                          (row[3] < 0 || (row[3] >= count && row[3] + row[1] <= reals.size(0))),
-                      "integers: expected a kind, a width of at least 1, a label and a place in reals in row ", t);
-      const Loss loss = static_cast<Loss>(row[0]);
-      task = {loss,
-              k,
-              row[1],
-              loss == Loss::kCrossEntropy ? row[2] : kMissing,
-              false,
-              numbers[t],
-              row[3] < 0 ? nullptr : numbers + row[3],
-              0.0,
-              {}};
-      if (task.numbers)
-        for (int64_t c = 0; c < task.width; ++c) task.numbers_sum += task.numbers[c];
-      outside += task.loss == Loss::kOutside;
-      k += task.width;
-    }
-    const int64_t given = static_cast<int64_t>(targets.size()) - outside;
-    const bool one = given == 1 && count > 1;
-    STD_TORCH_CHECK(given == count || one, "targets: expected 1 or ", count, " tensors, got ", given);
-    if (one)
-      read_matrix(targets[0]);
-    else
-      read_each(targets);
-    auto own = targets.begin() + given;
-    for (TaskSpec& task : specs) {
-      if (task.loss == Loss::kOutside) {
-        STD_TORCH_CHECK(dtype_of(*own, "targets") == type, "targets: expected gradients of the dtype of x");
-        task.labels = own_labels(*own++, task, &task - specs.data(), n);
-      }
-      if (task.labels.data) task.missing = rounded_to(task.labels.type, task.missing);
-      task.missing_number =
-          task.labels.data && task.loss != Loss::kOutside && has_missing_number(task.loss, task.labels.type);
-    }
-  }
-
- private:
-  void read_matrix(const Tensor& y) {
-    const int64_t count = static_cast<int64_t>(specs.size());
-    STD_TORCH_CHECK(y.is_cpu() && y.dim() == 2 && y.size(0) == n && y.size(1) == count,
-                    "targets: expected a CPU matrix [", n, ", ", count, "]");
-    const LabelType type = label_type_of(y);
-    matrix = {y.const_data_ptr(), type, y.stride(0), y.stride(1), count};
-    const int64_t bytes = type == LabelType::kFloat64 || type == LabelType::kInt64                            ? 8
-                          : type == LabelType::kFloat32 || type == LabelType::kInt32                          ? 4
-                          : type == LabelType::kInt8 || type == LabelType::kUInt8 || type == LabelType::kBool ? 1
-                                                                                                              : 2;
-    for (int64_t t = 0; t < count; ++t) {
-      STD_TORCH_CHECK(specs[t].loss == Loss::kNone || specs[t].loss == Loss::kOutside || label_columns(specs[t]) == 1,
-                      "targets: expected a tensor per task, since task ", t, " has several labels a row");
-      specs[t].labels = {static_cast<const char*>(y.const_data_ptr()) + t * y.stride(1) * bytes, type, y.stride(0), 0,
-                         1};
-    }
-  }
-  void read_each(const std::vector<Tensor>& targets) {
-    for (size_t t = 0; t < specs.size(); ++t) {
-      const Tensor& y = targets[t];
-      if (y.dim() == 3 || specs[t].loss == Loss::kOutside) continue;  // no labels
-      STD_TORCH_CHECK(specs[t].loss != Loss::kNone, "targets: expected no labels for task ", t, ", which has no loss");
-      specs[t].labels = own_labels(y, specs[t], t, n);
-    }
-  }
-};
 
 // ---- How the rows are shared out, from the shape alone.
 struct Plan {

@@ -31,7 +31,7 @@ def set_frozen(heads: MultiTaskHeads, names: frozenset[str]) -> None:
         ValueError: The packed parameters are computed from others (torch.nn.utils.parametrize, prune): an optimizer
             then holds those, and rows cannot be kept.
     """
-    plain = isinstance(heads._parameters.get("weight"), nn.Parameter)
+    plain = all(isinstance(heads._parameters.get(heads.layer_names(i)[0]), nn.Parameter) for i in range(heads.depth))
     if names and not plain:
         raise ValueError("names: expected heads whose weight is a plain parameter, got one computed from others.")
     heads._frozen = names
@@ -40,22 +40,35 @@ def set_frozen(heads: MultiTaskHeads, names: frozenset[str]) -> None:
 
 
 def remake_mask(heads: MultiTaskHeads) -> None:
-    """Marks the frozen rows of the packed parameters. A buffer, so that it follows the module's device."""
-    mask = None
-    if heads._frozen:
-        mask = torch.zeros(heads.layout.total, dtype=torch.bool, device=heads.weight.device)
-        for name in heads._frozen:
-            mask[heads.slices[name]] = True
-    heads.register_buffer("_frozen_rows", mask, persistent=False)
+    """Marks the frozen rows of each layer's parameters. Buffers, so that they follow the module's device."""
+    for layer in range(heads.depth):
+        mask = None
+        if heads._frozen:
+            weight = heads.get_parameter(heads.layer_names(layer)[0])
+            mask = torch.zeros(weight.shape[0], dtype=torch.bool, device=weight.device)
+            for name in heads._frozen:
+                mask[heads.rows_of(layer, name)] = True
+        heads.register_buffer(_mask_name(layer), mask, persistent=False)
 
 
-def effective(heads: MultiTaskHeads) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias as the forward pass takes them: no gradient reaches the frozen rows."""
-    if not heads._frozen:
-        return heads.weight, heads.bias
-    mask: Any = heads._frozen_rows
-    weight = torch.where(mask.unsqueeze(1), heads.weight.detach(), heads.weight)
-    return weight, None if heads.bias is None else torch.where(mask, heads.bias.detach(), heads.bias)
+def _mask_name(layer: int) -> str:
+    return f"_frozen_rows_{layer}"
+
+
+def effective(heads: MultiTaskHeads) -> tuple[list[Tensor], list[Tensor]]:
+    """The weights and biases of all layers as the forward pass takes them: no gradient reaches the frozen rows."""
+    weights, biases = [], []
+    for layer in range(heads.depth):
+        names = heads.layer_names(layer)
+        weight, bias = getattr(heads, names[0]), getattr(heads, names[1])
+        if heads._frozen:
+            mask: Any = getattr(heads, _mask_name(layer))
+            weight = torch.where(mask.unsqueeze(1), weight.detach(), weight)
+            bias = None if bias is None else torch.where(mask, bias.detach(), bias)
+        weights.append(weight)
+        if bias is not None:
+            biases.append(bias)
+    return weights, biases
 
 
 def watch(heads: MultiTaskHeads) -> None:
@@ -75,10 +88,12 @@ def _remember(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     rows: list[tuple[Tensor, Tensor, Tensor]] = []
     for heads in list(_watched):
-        mask: Any = heads._frozen_rows
-        for parameter in (heads._parameters.get("weight"), heads._parameters.get("bias")):
-            if parameter is not None and id(parameter) in held:
-                rows.append((parameter, mask, parameter.detach()[mask]))
+        for layer in range(heads.depth):
+            mask: Any = getattr(heads, _mask_name(layer))
+            for name in heads.layer_names(layer):
+                parameter = heads._parameters.get(name)
+                if parameter is not None and id(parameter) in held:
+                    rows.append((parameter, mask, parameter.detach()[mask]))
     if rows:
         _before[optimizer] = rows
 

@@ -3,36 +3,40 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch_geometric.nn.resolver import activation_resolver
 
 from .. import backend
-from ..ops import multi_head_linear, multi_head_linear_split
-from ..ops._checks import check_floating, check_same
+from ..ops import Hidden, multi_head_linear, multi_head_linear_split, multi_head_mlp, multi_head_mlp_split
+from ..ops.multi_head_loss import Labels
 from ..task import Task, TaskLayout, TaskLosses, as_task, checked_integer
 from . import freezing, repacking
-from .loss import Labels, losses_of_all, losses_of_one, routed_labels
-from .routing import check_routes, route
+from .hidden import checked_act, hidden_widths, layers_of_modules, module_of, output_of
+from .loss import losses_of_all, losses_of_one, losses_of_routed
 from .saving import describe_tasks, wrong_tasks
 
 
 class MultiTaskHeads(nn.Module):
-    r"""One linear head per task, all computed from the shared embedding in one launch.
+    r"""One head per task, linear or with hidden layers, all computed from the shared embedding in one launch.
 
     With ``T`` tasks of widths :math:`C_t`, the heads lie packed below each other: ``weight`` is ``[K, D]`` and ``bias``
     ``[K]`` with :math:`K = \sum_t C_t`, in the order of ``tasks``; ``slices`` maps a name to its rows. The output of
     task :math:`t` is :math:`X W_t^\top + b_t`, as ``torch.nn.Linear(D, C_t)`` computes it.
 
+    With ``hidden_channels`` each head is an MLP of its own, layers :math:`l` with activation and dropout between them.
+    ``hidden_weight_0`` is ``[T h_1, D]``, ``hidden_weight_1`` ``[T h_2, h_1]``, ..., and ``weight`` ``[K, h_L]``; the
+    rows of task ``t`` in a hidden layer are ``[t h, (t + 1) h)``.
+
     Args:
         in_channels: Size ``D`` of the shared embedding.
         tasks: Name to :class:`~torch_mtl_pyg.Task` or to the width alone; the order is the packing order.
-        hidden_channels: None: linear heads, the only kind there is.
-        act: Activation of hidden layers; linear heads have none.
-        dropout: Dropout of hidden layers, in ``[0, 1]``; linear heads have none.
+        hidden_channels: Widths of the hidden layers of every head: an int, or one for each layer. None: linear heads.
+        act: Activation of the hidden layers: "relu", "gelu" (exact), "silu", "tanh" or "elu".
+        dropout: Share of the hidden units that are zero in training, in ``[0, 1]``; the others are multiplied by
+            ``1 / (1 - dropout)``. The masks come from torch's CPU generator and are those of every backend.
         bias: Whether the heads add a bias.
 
     Shapes:
@@ -41,7 +45,8 @@ class MultiTaskHeads(nn.Module):
 
     Raises:
         TypeError: An argument has the wrong type.
-        ValueError: ``tasks`` is empty, a width or ``in_channels`` is below 1, or ``hidden_channels`` is given.
+        ValueError: ``tasks`` is empty, a width or ``in_channels`` is below 1, or ``act`` is none of those with hidden
+            layers.
     """
 
     weight: nn.Parameter
@@ -51,7 +56,7 @@ class MultiTaskHeads(nn.Module):
         self,
         in_channels: int,
         tasks: Mapping[str, Task | int],
-        hidden_channels: int | list[int] | None = None,
+        hidden_channels: int | Sequence[int] | None = None,
         act: str = "relu",
         dropout: float = 0.0,
         bias: bool = True,
@@ -60,14 +65,8 @@ class MultiTaskHeads(nn.Module):
         in_channels = checked_integer("in_channels", in_channels)
         if in_channels < 1:
             raise ValueError(f"in_channels: expected at least 1, got {in_channels}.")
-        if hidden_channels is not None:
-            raise ValueError(f"hidden_channels: expected None, since heads are linear, got {hidden_channels!r}.")
-        if not isinstance(act, str):
-            raise TypeError(f"act: expected the name of an activation, got {type(act).__name__}.")
-        try:
-            activation_resolver(act)
-        except ValueError as error:
-            raise ValueError(f"act: expected the name of an activation, got {act!r}.") from error
+        self.hidden_channels = hidden_widths(hidden_channels)
+        self.act = checked_act(act, bool(self.hidden_channels))
         if isinstance(dropout, (bool, str)) or not hasattr(dropout, "__float__"):
             raise TypeError(f"dropout: expected a number, got {type(dropout).__name__}.")
         if not 0.0 <= dropout <= 1.0:
@@ -75,11 +74,16 @@ class MultiTaskHeads(nn.Module):
         if not isinstance(bias, bool):
             raise TypeError(f"bias: expected a bool, got {type(bias).__name__}.")
         self.in_channels = in_channels
-        self.hidden_channels = hidden_channels
-        self.act = act
-        self.dropout = dropout
+        self.dropout = float(dropout)
         self.layout = TaskLayout(tasks)
-        self.weight = nn.Parameter(torch.empty(self.layout.total, in_channels))
+        before = in_channels
+        for layer, width in enumerate(self.hidden_channels):
+            weight, name = self.layer_names(layer)
+            rows = width * len(self.layout.names)
+            self.register_parameter(weight, nn.Parameter(torch.empty(rows, before)))
+            self.register_parameter(name, nn.Parameter(torch.empty(rows)) if bias else None)
+            before = width
+        self.weight = nn.Parameter(torch.empty(self.layout.total, before))
         self.register_parameter("bias", nn.Parameter(torch.empty(self.layout.total)) if bias else None)
         self._frozen: frozenset[str] = frozenset()
         self.reset_parameters()
@@ -108,20 +112,44 @@ class MultiTaskHeads(nn.Module):
         return self._frozen
 
     @property
-    def init_bound(self) -> float:
-        r"""The bound of freshly drawn weights and biases, :math:`1 / \sqrt{D}`."""
-        return 1.0 / math.sqrt(self.in_channels)
+    def depth(self) -> int:
+        """Number of layers, 1 for linear heads."""
+        return len(self.hidden_channels) + 1
+
+    def layer_names(self, layer: int) -> tuple[str, str]:
+        """The names of a layer's weight and bias."""
+        if layer == len(self.hidden_channels):
+            return "weight", "bias"
+        return f"hidden_weight_{layer}", f"hidden_bias_{layer}"
+
+    def rows_of(self, layer: int, name: str, layout: TaskLayout | None = None) -> slice:
+        """The rows of a task in a layer's weight and bias; ``layout``: of other tasks than these, or None."""
+        layout = layout or self.layout
+        if layer == len(self.hidden_channels):
+            return layout.slices[name]
+        width, place = self.hidden_channels[layer], layout.names.index(name)
+        return slice(place * width, (place + 1) * width)
+
+    def bound_of(self, layer: int) -> float:
+        r"""The bound of freshly drawn weights and biases of a layer, :math:`1 / \sqrt{\text{inputs}}`."""
+        return 1.0 / math.sqrt((self.in_channels, *self.hidden_channels)[layer])
 
     def reset_parameters(self) -> None:
-        r"""Draws all weights and biases anew as ``torch.nn.Linear`` does: uniform in :math:`\pm 1 / \sqrt{D}`."""
-        for parameter in self.parameters(recurse=False):
-            nn.init.uniform_(parameter, -self.init_bound, self.init_bound)
+        r"""Draws all parameters as ``torch.nn.Linear`` does: uniform in :math:`\pm 1 / \sqrt{\text{inputs}}`."""
+        for layer in range(self.depth):
+            for name in self.layer_names(layer):
+                parameter = getattr(self, name)
+                if parameter is not None:
+                    nn.init.uniform_(parameter, -self.bound_of(layer), self.bound_of(layer))
         freezing.remake_mask(self)
 
     def extra_repr(self) -> str:
         """The size of the embedding, the tasks and their widths."""
         tasks = ", ".join(f"{name}: {width}" for name, width in self.layout.describe())
-        return f"{self.in_channels}, tasks={{{tasks}}}, bias={self.bias is not None}"
+        hidden = ""
+        if self.hidden_channels:
+            hidden = f", hidden_channels={list(self.hidden_channels)}, act={self.act!r}, dropout={self.dropout}"
+        return f"{self.in_channels}, tasks={{{tasks}}}{hidden}, bias={self.bias is not None}"
 
     # ---- Computing them.
 
@@ -142,17 +170,17 @@ class MultiTaskHeads(nn.Module):
             ValueError: ``x`` is not ``[N, D]`` or on another device, there is no such task, or ``task`` is not ``[N]``.
             IndexError: A task index is not in ``[0, T)``.
         """
+        weights, biases = freezing.effective(self)
         if task is None:
-            outputs = multi_head_linear_split(x, *freezing.effective(self), self.layout.widths)
+            if self.depth == 1:
+                bias = biases[0] if biases else None
+                outputs = multi_head_linear_split(x, weights[0], bias, self.layout.widths)
+            else:
+                outputs = multi_head_mlp_split(x, weights, biases, self.layout, self._hidden())
             return dict(zip(self.layout.names, outputs, strict=True))
         if isinstance(task, Tensor):
-            check_floating("x", x, 2, "[N, {}]", self.weight, 1)
-            check_same("x", x, "weight", self.weight, dtype=False)
-            check_routes(task, x, self.layout)
-            return route(x, task, *freezing.effective(self), self.layout)
-        rows = self.slices[self.layout.name(task)]
-        weight, bias = freezing.effective(self)
-        return multi_head_linear(x, weight[rows], None if bias is None else bias[rows])
+            return multi_head_mlp(x, weights, biases, self.layout, self._hidden(), task)
+        return output_of(self, self.layout.name(task), x, weights, biases, self._hidden())
 
     def packed(self, x: Tensor) -> Tensor:
         """Computes all heads side by side.
@@ -166,7 +194,17 @@ class MultiTaskHeads(nn.Module):
         Raises:
             TypeError, ValueError: As in :meth:`forward`.
         """
-        return multi_head_linear(x, *freezing.effective(self))
+        weights, biases = freezing.effective(self)
+        if self.depth == 1:
+            return multi_head_linear(x, weights[0], biases[0] if biases else None)
+        return multi_head_mlp(x, weights, biases, self.layout, self._hidden())
+
+    def _hidden(self) -> Hidden:
+        """Activation and dropout of one call; in training, dropout draws one number from torch's CPU generator."""
+        if self.depth == 1 or self.dropout == 0.0 or not self.training:
+            return Hidden(self.act)
+        seed = torch.randint(0, 2**62, (2,), dtype=torch.int64, device="cpu") * torch.tensor([1, 0], device="cpu")
+        return Hidden(self.act, self.dropout, seed)
 
     def loss(self, x: Tensor, y: Labels, task: str | int | Tensor | None = None, gramian: bool = False) -> TaskLosses:
         r"""Computes all losses from the shared embedding in one pass; the logits ``[N, K]`` are never made.
@@ -200,47 +238,54 @@ class MultiTaskHeads(nn.Module):
             raise TypeError(f"gramian: expected a bool, got {type(gramian).__name__}.")
         if not self.layout.has_loss:
             raise ValueError("loss: expected at least one task with a loss, got none; give it one: Task(7, loss=...).")
-        if task is not None and not isinstance(task, Tensor):
-            return losses_of_one(self, task, x, y, gramian)
+        weights, biases = freezing.effective(self)
+        if isinstance(task, Tensor):
+            return losses_of_routed(self, task, x, y, weights, biases, self._hidden(), gramian)
         if task is not None:
-            y = routed_labels(task, x, y, self.layout)
-        return losses_of_all(x, *freezing.effective(self), y, self.layout, gramian)
+            return losses_of_one(self, task, x, y, weights, biases, self._hidden(), gramian)
+        return losses_of_all(self, x, y, weights, biases, self._hidden(), gramian)
 
     # ---- Exchanging heads with single modules.
 
     @classmethod
     def from_modules(cls, modules: Mapping[str, nn.Module] | nn.ModuleList) -> MultiTaskHeads:
-        """Packs linear layers; weights are copied, bit for bit.
+        """Packs linear layers, or MLPs of one form; weights are copied, bit for bit.
 
         Args:
-            modules: ``dict``, ``ModuleDict`` or ``ModuleList`` of ``torch.nn.Linear`` or PyG ``Linear``. A list's heads
-                are named ``"0"``, ``"1"``, ...
+            modules: ``dict``, ``ModuleDict`` or ``ModuleList`` of ``torch.nn.Linear`` or PyG ``Linear``; or of
+                ``torch.nn.Sequential`` of these with an activation, and perhaps ``Dropout``, between two of them. A
+                list's heads are named ``"0"``, ``"1"``, ...
 
         Raises:
-            TypeError: A module is no linear layer (a subclass may compute something else), or their dtypes differ.
-            ValueError: There is none; the input sizes or devices differ; some have a bias and some have none; one has
-                hooks, or only one of weight and bias is trainable.
+            TypeError: A module is none of these (a subclass may compute something else), or their dtypes differ.
+            ValueError: There is none; sizes but for the last, activations, dropouts or devices differ; some have a bias
+                and some have none; one has hooks, or only one of weight and bias is trainable.
         """
-        linears = repacking.linear_modules(modules)
-        first = next(iter(linears.values()))
+        layers, act, dropout = layers_of_modules(modules)
+        first = next(iter(layers[0].values()))
         with torch.device("meta"):  # draws no random numbers
             heads = cls(
                 first.weight.shape[1],
-                {name: linear.weight.shape[0] for name, linear in linears.items()},
+                {name: linear.weight.shape[0] for name, linear in layers[-1].items()},
+                hidden_channels=[next(iter(layer.values())).weight.shape[0] for layer in layers[:-1]] or None,
+                act=act,
+                dropout=dropout,
                 bias=first.bias is not None,
             )
-        heads.weight = nn.Parameter(torch.cat([linear.weight.detach() for linear in linears.values()]))
-        if first.bias is not None:
-            heads.bias = nn.Parameter(torch.cat([linear.bias.detach() for linear in linears.values()]))
+        for i, layer in enumerate(layers):
+            weight, bias = heads.layer_names(i)
+            setattr(heads, weight, nn.Parameter(torch.cat([linear.weight.detach() for linear in layer.values()])))
+            if first.bias is not None:
+                setattr(heads, bias, nn.Parameter(torch.cat([linear.bias.detach() for linear in layer.values()])))
         heads.train(first.training)
-        still = [name for name, linear in linears.items() if not linear.weight.requires_grad]
+        still = [name for name, linear in layers[0].items() if not linear.weight.requires_grad]
         if still:
             heads.freeze(*still)
         return heads
 
-    def to_modules(self) -> dict[str, nn.Linear]:
-        """The heads as one ``torch.nn.Linear`` each, by name; weights are copied, bit for bit."""
-        return {name: repacking.linear_of(self, name) for name in self.layout.names}
+    def to_modules(self) -> dict[str, nn.Module]:
+        """The heads by name, as one ``torch.nn.Linear`` or ``Sequential`` each; weights are copied, bit for bit."""
+        return {name: module_of(self, name) for name in self.layout.names}
 
     # ---- Editing heads.
 

@@ -2,33 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..labels import FLOATING, MISSING, check_values, label_columns, labelled, missing_value, split_labels
-from ..ops._checks import check_floating, check_same
-from ..ops.multi_head_linear import multi_head_linear
-from ..ops.multi_head_loss import multi_head_loss
+from ..labels import check_values, labelled, split_labels
+from ..ops import Hidden, multi_head_loss, multi_head_mlp_loss, reference
+from ..ops._checks import check_floating, check_route, check_route_values, has_values
+from ..ops.multi_head_loss import Labels, Losses
+from ..ops.multi_head_mlp_loss import check_routed_labels, check_routed_tasks
 from ..task import Task, TaskLayout, TaskLosses
-from .routing import check_routes
+from .hidden import of_task, output_of
 
 if TYPE_CHECKING:
     from .heads import MultiTaskHeads
 
-Labels = Mapping[str, Tensor | None] | Tensor
-
 
 def losses_of_all(
-    x: Tensor, weight: Tensor, bias: Tensor | None, y: Labels, layout: TaskLayout, gramian: bool
+    heads: MultiTaskHeads,
+    x: Tensor,
+    y: Labels,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    hidden: Hidden,
+    gramian: bool,
 ) -> TaskLosses:
     """Every row through every head."""
+    layout = heads.layout
     own = layout.with_callable
     if not own:
-        return TaskLosses(layout.names, *multi_head_loss(x, weight, bias, y, layout, gramian))
+        return TaskLosses(layout.names, *_fused(x, weights, biases, y, layout, hidden, gramian))
     labels = dict(zip(layout.names, split_labels(y, layout, x), strict=True))
     for name, part in labels.items():
         if layout.tasks[name].loss is None and part is not None:  # a column of a matrix
@@ -36,38 +42,43 @@ def losses_of_all(
             labels[name] = None
     values, counts, gradients = {}, {}, []
     for name in own:
-        rows = layout.slices[name]
-        out = multi_head_linear(x, weight[rows], None if bias is None else bias[rows])
+        out = output_of(heads, name, x, weights, biases, hidden)
         values[name], counts[name] = _callable_loss(name, layout.tasks[name], out, labels[name])
         if gramian:
             gradients.append(_gradient_at(name, layout.tasks[name], out, labels[name], values[name]))
         labels[name] = None
-    per_task, total, count, product = multi_head_loss(x, weight, bias, labels, layout, gramian, gradients)
-    place = torch.tensor([layout.names.index(name) for name in own], device=per_task.device)
-    stacked = torch.stack([values[name] for name in own]).to(per_task.dtype)
-    weights = stacked.new_tensor([layout.tasks[name].weight for name in own])
-    return TaskLosses(
-        layout.names,
-        per_task.index_add(0, place, stacked),
-        total + (weights * stacked).sum(),
-        count.index_add(0, place, torch.stack([counts[name] for name in own])),
-        product,
+    return _with_callables(
+        layout, _fused(x, weights, biases, labels, layout, hidden, gramian, gradients), values, counts
     )
 
 
-def losses_of_one(heads: MultiTaskHeads, task: str | int, x: Tensor, y: Labels, gramian: bool) -> TaskLosses:
+def losses_of_one(
+    heads: MultiTaskHeads,
+    task: str | int,
+    x: Tensor,
+    y: Labels,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    hidden: Hidden,
+    gramian: bool,
+) -> TaskLosses:
     """Every row through one head; the other tasks' losses are 0. ``y`` holds this task's labels alone."""
-    from .freezing import effective
-
     layout = heads.layout
     name = layout.name(task)
     if layout.tasks[name].loss is None:
         raise ValueError(f"task: expected one with a loss, got {name!r}, which has none.")
-    rows, place = layout.slices[name], layout.names.index(name)
-    weight, bias = effective(heads)
-    single = TaskLayout({name: layout.tasks[name]})
+    place, single = layout.names.index(name), layout.only(name)
     labels = {name: y} if isinstance(y, Tensor) else y
-    losses = losses_of_all(x, weight[rows], None if bias is None else bias[rows], labels, single, gramian)
+    own = of_task(heads, name, weights, biases, hidden)
+    if single.with_callable:
+        (part,) = split_labels(labels, single, x)
+        out = output_of(heads, name, x, weights, biases, hidden)
+        value, count = _callable_loss(name, layout.tasks[name], out, part)
+        gradients = [_gradient_at(name, layout.tasks[name], out, part, value)] if gramian else []
+        fused = _fused(x, own[0], own[1], {name: None}, single, own[2], gramian, gradients)
+        losses = _with_callables(single, fused, {name: value}, {name: count})
+    else:
+        losses = TaskLosses(single.names, *_fused(x, own[0], own[1], labels, single, own[2], gramian))
     around = (place, len(layout.names) - 1 - place)
     return TaskLosses(
         layout.names,
@@ -78,45 +89,76 @@ def losses_of_one(heads: MultiTaskHeads, task: str | int, x: Tensor, y: Labels, 
     )
 
 
-def routed_labels(task: Tensor, x: Tensor, y: Labels, layout: TaskLayout) -> dict[str, Tensor | None]:
-    """The labels of each task where row ``i`` belongs to the task ``task[i]`` alone: missing in all other rows.
+def losses_of_routed(
+    heads: MultiTaskHeads,
+    task: Tensor,
+    x: Tensor,
+    y: Labels,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    hidden: Hidden,
+    gramian: bool,
+) -> TaskLosses:
+    """Each row through the head of its own task; the work is proportional to the rows."""
+    layout = heads.layout
+    own = layout.with_callable
+    if any(t.loss is None for t in layout.tasks.values()) or (own and isinstance(y, Tensor)):
+        check_floating("x", x, 2, "[N, {}]", weights[0], 1)
+        check_route(task, x)
+        check_route_values(task, len(layout.names))
+        check_routed_labels(y, x, layout)
+        if not torch.compiler.is_compiling() and has_values(task):
+            check_routed_tasks(task, y, layout)  # type: ignore[arg-type]
+    fused = multi_head_mlp_loss(x, weights, biases, y, layout, hidden, task, gramian)
+    if not own:
+        return TaskLosses(layout.names, *fused)
+    assert isinstance(y, Tensor)
+    values, counts, squares = {}, {}, {}
+    for name in own:
+        rows = (task == layout.names.index(name)).nonzero()[:, 0]
+        inputs, labels = x[rows], y[rows]
+        out = output_of(heads, name, inputs, weights, biases, hidden)
+        values[name], counts[name] = _callable_loss(name, layout.tasks[name], out, labels)
+        if gramian:
+            squares[name] = _square_at(heads, name, inputs, labels, weights, biases, hidden)
+    losses = _with_callables(layout, fused, values, counts)
+    if losses.gramian is not None:
+        for name, square in squares.items():
+            place = layout.names.index(name)
+            losses.gramian[place, place] = square
+    return losses
 
-    Raises:
-        TypeError: ``y`` is no tensor of numbers.
-        ValueError: ``y`` is neither ``[N]`` nor ``[N, max C_t]``, or too narrow for a task that occurs.
-    """
-    check_floating("x", x, 2, "[N, {}]", x, 1)
-    check_routes(task, x, layout)
-    columns = {name: label_columns(t) or 1 for name, t in layout.tasks.items()}
-    if not isinstance(y, Tensor):
-        raise TypeError(f"y: expected a tensor [N], one label per row, since task is a tensor, got {type(y).__name__}.")
-    widest, n = max(layout.widths), x.shape[0]
-    if tuple(y.shape) not in ((n,), (n, widest), (n, max(columns.values()))):
-        raise ValueError(f"y: expected shape [{n}] or [{n}, {widest}], got {list(y.shape)}.")
-    check_same("y", y, "x", x, dtype=False)
-    if y.dtype in (torch.bool, torch.uint8):  # which have no number for "missing"
-        y = y.to(torch.int16)
-    one = y.dim() == 1
-    y = y.unsqueeze(1) if one else y
-    labels: dict[str, Tensor | None] = {}
-    for index, (name, t) in enumerate(layout.tasks.items()):
-        mine = task == index
-        if t.loss is None:
-            if bool(mine.any()):
-                raise ValueError(f"task: expected tasks with a loss, got {index} ({name!r}), which has none.")
-            continue
-        if columns[name] > y.shape[1]:
-            if bool(mine.any()):
-                raise ValueError(
-                    f"y: expected {columns[name]} labels a row for the task {name!r}, got shape {list(y.shape)}."
-                )
-            labels[name] = None
-            continue
-        missing = float("nan") if y.dtype in FLOATING else missing_value(t, y.dtype)
-        own = y if callable(t.loss) else y[:, : columns[name]]
-        part = torch.where(mine.unsqueeze(1), own, MISSING if missing is None else missing)
-        labels[name] = part[:, 0] if one else part
-    return labels
+
+def _fused(
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    y: Labels,
+    layout: TaskLayout,
+    hidden: Hidden,
+    gramian: bool,
+    outside: Sequence[Tensor] = (),
+) -> Losses:
+    if len(weights) == 1:
+        return multi_head_loss(x, weights[0], biases[0] if biases else None, y, layout, gramian, outside)
+    return multi_head_mlp_loss(x, weights, biases, y, layout, hidden, None, gramian, outside)
+
+
+def _with_callables(
+    layout: TaskLayout, fused: Losses, values: Mapping[str, Tensor], counts: Mapping[str, Tensor]
+) -> TaskLosses:
+    """The losses of the fused tasks, and those of the others beside them."""
+    per_task, total, count, product = fused
+    place = torch.tensor([layout.names.index(name) for name in values], device=per_task.device)
+    stacked = torch.stack(list(values.values())).to(per_task.dtype)
+    weights = stacked.new_tensor([layout.tasks[name].weight for name in values])
+    return TaskLosses(
+        layout.names,
+        per_task.index_add(0, place, stacked),
+        total + (weights * stacked).sum(),
+        count.index_add(0, place, torch.stack(list(counts.values()))),
+        product,
+    )
 
 
 def _callable_loss(name: str, task: Task, out: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -147,3 +189,23 @@ def _gradient_at(name: str, task: Task, out: Tensor, y: Tensor | None, value: Te
         return torch.zeros_like(out)
     (gradient,) = torch.autograd.grad(value, out, retain_graph=True, allow_unused=True)
     return torch.zeros_like(out) if gradient is None else gradient.to(out.dtype)
+
+
+def _square_at(
+    heads: MultiTaskHeads,
+    name: str,
+    x: Tensor,
+    y: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    hidden: Hidden,
+) -> Tensor:
+    """The squared norm of a callable loss's gradient at the embedding of its own rows."""
+    with torch.inference_mode(False), torch.enable_grad():
+        x = x.detach().clone().requires_grad_()
+        out = output_of(heads, name, x, [w.detach() for w in weights], [b.detach() for b in biases], hidden)
+        value, _ = _callable_loss(name, heads.tasks[name], out, y)
+        if not value.requires_grad:
+            return value.new_zeros(())
+        (gradient,) = torch.autograd.grad(value, x, allow_unused=True)
+    return value.new_zeros(()) if gradient is None else reference.wide(gradient).square().sum()

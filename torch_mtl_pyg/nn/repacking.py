@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from .heads import MultiTaskHeads
 
 
-def linear_modules(modules: Mapping[str, nn.Module] | nn.ModuleList) -> dict[str, Any]:
-    """Checks that modules are linear layers which fit into one packed parameter.
+def named_modules(modules: Mapping[str, nn.Module] | nn.ModuleList) -> dict[str, Any]:
+    """Modules by name; those of a list are called ``"0"``, ``"1"``, ...
 
     Raises:
-        TypeError: ``modules`` has the wrong type, a module is no linear layer, or dtypes differ.
-        ValueError: There is none; input sizes or devices differ; or some have a bias and some have none.
+        TypeError: ``modules`` has the wrong type.
+        ValueError: There is none.
     """
     if isinstance(modules, nn.ModuleDict):
         named: dict[str, Any] = dict(modules.items())
@@ -34,6 +34,17 @@ def linear_modules(modules: Mapping[str, nn.Module] | nn.ModuleList) -> dict[str
         raise TypeError(f"modules: expected a dict or ModuleList, got {type(modules).__name__}.")
     if not named:
         raise ValueError("modules: expected at least one, got none.")
+    return named
+
+
+def linear_modules(modules: Mapping[str, nn.Module] | nn.ModuleList) -> dict[str, Any]:
+    """Checks that modules are linear layers which fit into one packed parameter.
+
+    Raises:
+        TypeError: ``modules`` has the wrong type, a module is no linear layer, or dtypes differ.
+        ValueError: There is none; input sizes or devices differ; or some have a bias and some have none.
+    """
+    named = named_modules(modules)
     first_name = next(iter(named))
     first = named[first_name]
     for name, module in named.items():
@@ -68,26 +79,6 @@ def linear_modules(modules: Mapping[str, nn.Module] | nn.ModuleList) -> dict[str
     return named
 
 
-def linear_of(heads: MultiTaskHeads, name: str) -> nn.Linear:
-    """One head as a linear layer of its own."""
-    rows = heads.slices[name]
-    linear: nn.Linear = nn.utils.skip_init(  # draws no random numbers
-        nn.Linear,
-        heads.in_channels,
-        heads.tasks[name].out_channels,
-        bias=heads.bias is not None,
-        device=heads.weight.device,
-        dtype=heads.weight.dtype,
-    )
-    with torch.no_grad():
-        linear.weight.copy_(heads.weight[rows])
-        if heads.bias is not None:
-            linear.bias.copy_(heads.bias[rows])
-    if name in heads.frozen:
-        linear.requires_grad_(False)
-    return linear.train(heads.training)
-
-
 def check_optimizer(heads: MultiTaskHeads, optimizer: object) -> None:
     """Checks that an optimizer's state can follow the rows of the packed parameters.
 
@@ -115,19 +106,27 @@ def repack(heads: MultiTaskHeads, layout: TaskLayout, optimizer: torch.optim.Opt
     """Gives heads a new layout: those of the same name keep their values, new ones are drawn."""
     if optimizer is not None:
         check_optimizer(heads, optimizer)
-    moves = [(heads.slices[n], layout.slices[n]) for n in layout.names if n in heads.slices]
-    new = [layout.slices[n] for n in layout.names if n not in heads.slices]
-    bound = heads.init_bound
-    for name, old in list(heads.named_parameters(recurse=False)):
-        fresh = nn.Parameter(old.detach().new_empty(layout.total, *old.shape[1:]), old.requires_grad)
-        with torch.no_grad():
-            for source, target in moves:
-                fresh[target] = old[source]
-            for target in new:
-                fresh[target].uniform_(-bound, bound)
-        setattr(heads, name, fresh)
-        if optimizer is not None:
-            _move_state(optimizer, old, fresh, moves)
+    old_layout = heads.layout
+    for layer in range(heads.depth):
+        moves = [
+            (heads.rows_of(layer, n), heads.rows_of(layer, n, layout)) for n in layout.names if n in old_layout.slices
+        ]
+        new = [heads.rows_of(layer, n, layout) for n in layout.names if n not in old_layout.slices]
+        bound = heads.bound_of(layer)
+        for name in heads.layer_names(layer):
+            old = getattr(heads, name)
+            if old is None:
+                continue
+            rows = max(target.stop for target in [target for _, target in moves] + new)
+            fresh = nn.Parameter(old.detach().new_empty(rows, *old.shape[1:]), old.requires_grad)
+            with torch.no_grad():
+                for source, target in moves:
+                    fresh[target] = old[source]
+                for target in new:
+                    fresh[target].uniform_(-bound, bound)
+            setattr(heads, name, fresh)
+            if optimizer is not None:
+                _move_state(optimizer, old, fresh, moves)
     heads.layout = layout
     freezing.set_frozen(heads, heads._frozen & frozenset(layout.names))
 

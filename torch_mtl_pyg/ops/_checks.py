@@ -96,6 +96,40 @@ def check_range(name: str, what: str, index: Tensor, count: int) -> None:
     raise IndexError(f"{name}: expected every {what} in [0, {count}), got {int(index[edge])} at edge {edge}.")
 
 
+def check_route(task: object, x: Tensor) -> None:
+    """The task of each row, but for the values: a dense int64 vector on the device of ``x``.
+
+    Raises:
+        TypeError: No tensor, not strided, or of another dtype.
+        ValueError: Another shape or device.
+    """
+    if not isinstance(task, Tensor) or task.layout is not torch.strided:
+        raise TypeError(f"task: expected a dense int64 tensor [N], got {type(task).__name__}.")
+    if task.dtype != torch.int64:
+        raise TypeError(f"task: expected int64 indices, got {task.dtype}.")
+    if task.dim() != 1 or task.shape[0] != x.shape[0]:
+        raise ValueError(f"task: expected shape [{x.shape[0]}], one index per row of x, got {list(task.shape)}.")
+    if task.device != x.device:
+        raise ValueError(f"task: expected the device of x, {x.device}, got {task.device}.")
+
+
+def check_route_values(task: Tensor, count: int) -> None:
+    """Tasks in ``[0, count)``.
+
+    Raises:
+        IndexError: One is outside. In a compiled function, where values are not known, the error is PyTorch's
+            assertion, at run time.
+    """
+    if task.shape[0] == 0 or task.device.type == "meta":
+        return
+    outside = (task < 0) | (task >= count)
+    if torch.compiler.is_compiling():
+        torch._assert_async(~outside.any(), f"task: expected indices in [0, {count})")
+    elif has_values(task) and bool(outside.any()):
+        row = int(outside.nonzero()[0])
+        raise IndexError(f"task: expected indices in [0, {count}), got {int(task[row])} in row {row}.")
+
+
 def has_values(t: Tensor) -> bool:
     """Whether Python may look at the values: not for fake tensors, and not inside the transforms of torch.func."""
     return not (

@@ -80,7 +80,7 @@ def multi_head_loss(
             return _reference(x, weight, bias, y, layout, gramian, outside)
         if torch.compiler.is_compiling() or x.device.type != "cpu":
             parts = split_labels(y, layout, x)
-            targets = [y] if isinstance(y, Tensor) else _filled(parts, x)
+            targets = [y] if isinstance(y, Tensor) else filled(parts, x)
             results = _call_op(x, weight, bias, targets, layout, gramian, outside)
             return results[0], results[1], results[2], results[3] if gramian else None
     try:
@@ -142,11 +142,11 @@ def _targets(y: Labels, layout: TaskLayout, x: Tensor) -> list[Tensor]:
         parts = [y.get(name) for name in layout.names]
         if all(part is not None and part.is_cpu and not part.requires_grad for part in parts):
             return parts  # type: ignore[return-value]
-    return _filled(split_labels(y, layout, x), x)
+    return filled(split_labels(y, layout, x), x)
 
 
-def _filled(parts: Sequence[Tensor | None], x: Tensor) -> list[Tensor]:
-    # Of a shape that labels cannot have.
+def filled(parts: Sequence[Tensor | None], x: Tensor) -> list[Tensor]:
+    """Labels as the op takes them: a tensor of a shape that labels cannot have for each None."""
     nothing = torch.empty((0, 0, 0), dtype=torch.float32, device=x.device)
     return [nothing if part is None else part for part in parts]
 
@@ -225,7 +225,7 @@ class _MultiHeadLoss(torch.autograd.Function):
                 if number != 1.0:
                     ready = [g * number if need else g for g, need in zip(ready, needs, strict=True)]
                 return *(g if need else None for g, need in zip(ready, needs, strict=True)), *_REST
-        v = _task_weights(of_per_task, of_total, table.weight)
+        v = task_weights(of_per_task, of_total, table.weight)
         with torch.autocast("cpu", enabled=False):  # the saved tensors are what the forward has made of the arguments
             grads = _forward(x, weight, bias, targets, table, v, needs, False)[4:]
         return *(g if need else None for g, need in zip(grads, needs, strict=True)), *_REST
@@ -239,7 +239,7 @@ def _any_batched(*grads: Tensor | None) -> bool:
     return any(g is not None and is_batched(g) for g in grads)
 
 
-def _task_weights(of_per_task: Tensor | None, of_total: Tensor | None, weight: Tensor) -> Tensor:
+def task_weights(of_per_task: Tensor | None, of_total: Tensor | None, weight: Tensor) -> Tensor:
     """The weights ``[T]`` that a gradient of ``per_task`` and ``total`` comes to."""
     v = None if of_total is None else of_total.double() * weight
     if of_per_task is None:
@@ -250,7 +250,7 @@ def _task_weights(of_per_task: Tensor | None, of_total: Tensor | None, weight: T
 
 def _common_factor(of_per_task: Tensor, of_total: Tensor | None, weight: Tensor) -> Tensor | None:
     """The number that makes the tasks' own weights of the weights asked for, if there is one."""
-    v = _task_weights(of_per_task, of_total, weight)
+    v = task_weights(of_per_task, of_total, weight)
     largest = weight.argmax()
     factor = v[largest] / weight[largest]
     return factor if torch.equal(factor * weight, v) else None
@@ -404,7 +404,7 @@ def _backward_of_op(ctx: Any, of_per_task: Tensor | None, of_total: Tensor | Non
         assert of_total is not None
         grads = [(g * of_total).to(g.dtype) if need else g for g, need in zip(ready, needs, strict=True)]
     else:
-        v = _task_weights(of_per_task, of_total, task_weight)
+        v = task_weights(of_per_task, of_total, task_weight)
         grads = torch.ops.torch_mtl_pyg.multi_head_loss(x, weight, bias, targets, integers, reals, v, *needs, False)[4:]
     return (
         *(g if need else None for g, need in zip(grads, needs, strict=True)),
