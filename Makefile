@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 # Stamps are named after what they hold, so that another torch makes a new installation.
 BASE := $(VENV)/.torch-$(TORCH)
 
-.PHONY: demo cora tox21 test test-scatter lint format bench docs clean
+.PHONY: demo cora tox21 toxcast qm8 shared mimo test test-scatter lint format bench docs clean
 
 demo: $(VENV)/.demo-$(TORCH)
 	$(BIN)/python examples/demo.py --dataset $(DATASET) $(if $(ROOT),--root $(ROOT)) --out $(OUT)
@@ -23,6 +23,22 @@ cora: $(VENV)/.demo-$(TORCH)
 # ROOT holds tox21/tox21.npz, or gets PyG's MoleculeNet.
 tox21: $(VENV)/.demo-$(TORCH)
 	$(BIN)/python examples/tox21.py $(if $(ROOT),--root $(ROOT)) --out $(OUT)/tox21
+
+# ROOT holds toxcast/toxcast.npz, or gets PyG's MoleculeNet.
+toxcast: $(VENV)/.demo-$(TORCH)
+	$(BIN)/python examples/toxcast.py $(if $(ROOT),--root $(ROOT)) --out $(OUT)/toxcast
+
+# ROOT holds qm8/qm8.npz.
+qm8: $(VENV)/.demo-$(TORCH)
+	$(BIN)/python examples/qm8.py $(if $(ROOT),--root $(ROOT)) --out $(OUT)/qm8
+
+# ROOT holds Cora/raw/ind.cora.*.
+shared: $(VENV)/.demo-$(TORCH)
+	$(BIN)/python examples/shared_representation.py $(if $(ROOT),--root $(ROOT))
+
+# ROOT holds Cora/raw/ind.cora.* and CiteSeer/raw/ind.citeseer.*.
+mimo: $(VENV)/.demo-$(TORCH)
+	$(BIN)/python examples/mimo.py $(if $(ROOT),--root $(ROOT))
 
 test: $(VENV)/.test-$(TORCH)
 	$(BIN)/python -m pytest

@@ -11,6 +11,11 @@ STABLE_TORCH_LIBRARY(torch_mtl_pyg, m) {
       "multi_head_linear_backward(Tensor[] grads, Tensor x, Tensor weight, bool need_x, bool need_weight, bool "
       "need_bias)"
       " -> (Tensor, Tensor, Tensor)");
+  m.def("grouped_linear(Tensor[] xs, Tensor[] weights, Tensor? bias) -> Tensor");
+  m.def(
+      "grouped_linear_backward(Tensor grad, Tensor[] xs, Tensor[] weights, bool[] need_xs, bool[] need_weights, bool "
+      "need_bias)"
+      " -> (Tensor[], Tensor[], Tensor)");
   m.def(
       "multi_head_loss(Tensor x, Tensor weight, Tensor? bias, Tensor[] targets, Tensor integers, Tensor reals, Tensor "
       "task_weight, bool need_x, bool need_weight, bool need_bias, bool need_gramian)"

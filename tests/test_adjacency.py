@@ -19,6 +19,7 @@ from torch import Tensor
 from torch_geometric import EdgeIndex
 from torch_geometric.nn.conv.gcn_conv import gcn_norm
 
+from torch_mtl_pyg import MultiTaskConv
 from torch_mtl_pyg import adjacency as module
 from torch_mtl_pyg.adjacency import Adjacency, normalized
 
@@ -141,6 +142,20 @@ def test_sparse_tensor_of_torch_sparse(with_values: bool) -> None:
     expected = gcn_norm(no_loops, None, N, dtype=torch.float64)
     assert edges_of(graph_with_loops) == sorted(map(tuple, expected[0].t().tolist()))
     torch.testing.assert_close(weight.sum(), expected[1].sum())
+
+
+@pytest.mark.filterwarnings("ignore:Sparse")
+def test_the_real_sparse_tensor() -> None:
+    torch_sparse = pytest.importorskip("torch_sparse")
+    edge_index, weight = graph(), torch.rand(graph().shape[1], dtype=torch.float64)
+    x = torch.randn(N, 4, dtype=torch.float64)
+    for value in (None, weight):
+        matrix = torch_sparse.SparseTensor(row=edge_index[1], col=edge_index[0], value=value, sparse_sizes=(N, N))
+        conv = MultiTaskConv(4, {"a": 3, "b": 2}).double()
+        torch.testing.assert_close(conv.packed(x, matrix), conv.packed(x, edge_index, value))
+        conv = MultiTaskConv(4, {"a": 3, "b": 2}, normalize="gcn").double()
+        for name, single in conv.to_modules().items():
+            torch.testing.assert_close(conv(x, matrix)[name], single(x, matrix))
 
 
 def test_repeated_entries_of_a_matrix_are_summed() -> None:

@@ -185,7 +185,7 @@ def test_bad_root_lists_the_files_looked_for(tmp_path: Path, capsys: pytest.Capt
     with pytest.raises(SystemExit):
         demo.main(["--dataset", "cora", "--root", str(tmp_path), "--out", str(tmp_path / "out")])
     message = capsys.readouterr().err
-    for name in demo_data.CORA_FILES:
+    for name in demo_data.planetoid_files("Cora"):
         assert str(tmp_path / name) in message
     assert message.count("(missing)") == 7
     assert not (tmp_path / "out").exists()

@@ -24,6 +24,9 @@ def test_task_keeps_what_it_was_given() -> None:
     assert Task(3, loss="bce", pos_weight=np.float32(4)).pos_weight == 4.0
     assert Task(np.int64(3)).out_channels == 3
     assert Task(1, loss=torch.nn.functional.mse_loss).loss is torch.nn.functional.mse_loss
+    assert Task(1).level is None
+    for level in ("node", "edge", "graph"):
+        assert Task(1, level=level).level == level
     for loss in LOSSES:
         assert Task(2, loss=loss).loss == loss
 
@@ -39,6 +42,8 @@ def test_task_keeps_what_it_was_given() -> None:
         ({"loss": "nll"}, ValueError, "loss: expected one of cross_entropy.*got 'nll'"),
         ({"loss": 3}, TypeError, "loss: expected a string, a callable or None, got int"),
         ({"out_channels": 3, "loss": "gaussian_nll"}, ValueError, "two per target.*got 3"),
+        ({"level": "hyperedge"}, ValueError, "level: expected one of node, edge, graph, or None, got 'hyperedge'"),
+        ({"level": 1}, TypeError, "level: expected a string or None, got int"),
         ({"weight": -1.0}, ValueError, "weight: expected a finite number of at least 0, got -1"),
         ({"weight": float("nan")}, ValueError, "weight: expected a finite number"),
         ({"weight": "1"}, TypeError, "weight: expected a number, got str"),

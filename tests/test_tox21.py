@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -12,71 +11,30 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from molecules_common import COUNT, molecules_root, options, without_drawing, write_molecules
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPOSITORY / "examples"))
-
-for package, extra in (("sklearn", "demo"), ("torchjd", "balancing"), ("torchmetrics", "metrics")):
-    pytest.importorskip(package, reason=f"the example needs the extra [{extra}]")
-
-import tox21  # noqa: E402
-from common import molecule_report  # noqa: E402
-from common import molecules as data  # noqa: E402
-from common.comparison import comparison_table, comparison_verdict, interval  # noqa: E402
-from common.gine import CategorySum  # noqa: E402
-from common.molecule_training import Run, Settings, train  # noqa: E402
-from torch_geometric.data import Batch, Data  # noqa: E402
+import tox21  # isort: skip
+from common import molecules as data
+from common.comparison import comparison_table, comparison_verdict, interval
+from common.gine import CategorySum
+from common.molecule_training import Run, Settings, train
+from torch_geometric.data import Batch, Data
 
 Capture, Patch = pytest.CaptureFixture[str], pytest.MonkeyPatch
-ATOMS, BONDS, COUNT = (6, 3), (4, 2), 120
 SMALL = Settings(epochs=2, batch_size=16, hidden=8, layers=2, lr=1e-3, device="cpu")
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with a small tox21.npz: chains of 1 to 6 atoms, 12 tasks, 17 % of the labels missing."""
-    rng = np.random.default_rng(0)
-    sizes = rng.integers(1, 7, COUNT)
-    chains = [np.stack([np.arange(n - 1), np.arange(1, n)]) for n in sizes]
-    edges = [np.concatenate([c, c[::-1]], axis=1) for c in chains]
-    edge_ptr = np.concatenate([[0], np.cumsum([e.shape[1] for e in edges])])
-    x = np.stack([rng.integers(0, n, sizes.sum()) for n in ATOMS], axis=1)
-    y = rng.integers(0, 2, (COUNT, 12)).astype(np.float32)
-    y[rng.random(y.shape) < 0.17] = np.nan
-    part = np.repeat([0, 1, 2], [60, 30, 30]).astype(np.int8)
+    """Folder with a small tox21.npz of 12 tasks."""
     folder = tmp_path_factory.mktemp("molecules")
-    (folder / "tox21").mkdir()
-    np.savez(
-        folder / "tox21/tox21.npz",
-        x=x.astype(np.int16),
-        edge_index=np.concatenate(edges, axis=1).astype(np.int32),
-        edge_attr=np.stack([rng.integers(0, n, edge_ptr[-1]) for n in BONDS], axis=1).astype(np.int16),
-        node_ptr=np.concatenate([[0], np.cumsum(sizes)]),
-        edge_ptr=edge_ptr,
-        y=y,
-        task_names=np.array(data.TASKS["tox21"]),
-        split_random=part,
-        split_scaffold=part[::-1].copy(),
-        atom_feature_dims=np.array(ATOMS, np.int16),
-        bond_feature_dims=np.array(BONDS, np.int16),
-    )
+    write_molecules(folder, "tox21", data.TASKS["tox21"])
     return folder
 
 
 @pytest.fixture
 def molecules(root: Path) -> data.Molecules:
     return data.load_molecules(root, "tox21", "random")
-
-
-def options(root: Path, out: Path, *more: str) -> list[str]:
-    small = ["--epochs", "2", "--hidden", "8", "--batch-size", "16", "--no-progress"]
-    return ["--root", str(root), "--out", str(out), *small, *more]
-
-
-def without_drawing(monkeypatch: Patch) -> None:
-    """Figures take longer than all else here, and are drawn for one method."""
-    for figure in ("conflict_heatmap", "conflicts_over_time", "loss_curves"):
-        monkeypatch.setattr(molecule_report, figure, lambda *args, path, **options: path.write_bytes(b"\x89PNG"))
 
 
 def as_list(molecules: data.Molecules) -> list[Data]:
@@ -285,11 +243,7 @@ def test_broken_npz_names_what_is_missing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("split", data.SPLITS)
 def test_real_data(split: str) -> None:
-    given = os.environ.get("TORCH_MTL_PYG_DATA")
-    folder = Path(given) / "molecules" if given else REPOSITORY.parent / "shared/data/molecules"
-    if not (folder / "tox21/tox21.npz").is_file():
-        pytest.skip(f"no tox21/tox21.npz below {folder}; set TORCH_MTL_PYG_DATA to the folder of molecules/tox21")
-    tox = data.load_molecules(folder, "tox21", split)
+    tox = data.load_molecules(molecules_root("tox21"), "tox21", split)
     assert (len(tox), tox.x.shape, tox.edge_index.shape) == (7831, (145459, 9), (2, 302190))
     assert tox.task_names == data.TASKS["tox21"]
     assert [len(tox.indices(part)) for part in data.PARTS] == [6264, 783, 784]

@@ -3,12 +3,14 @@
 from ._version import __version__
 from .backend import backend_info, use_backend
 from .balancing.cosine import task_cosine
-from .nn import MultiTaskConv, MultiTaskHeads
+from .nn import MultiTaskConv, MultiTaskEncoders, MultiTaskHeads, MultiTaskModel
 from .task import Task, TaskLosses
 
 __all__ = [
     "MultiTaskConv",
+    "MultiTaskEncoders",
     "MultiTaskHeads",
+    "MultiTaskModel",
     "Task",
     "TaskLosses",
     "__version__",

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+LEVELS = ("node", "edge", "graph")
 LOSSES = ("cross_entropy", "bce", "mse", "l1", "huber", "poisson_nll", "gaussian_nll")
 
 # Which loss an option belongs to, and its default.
@@ -37,6 +38,9 @@ class Task:
         ignore_index: (cross_entropy) the label that stands for "missing".
         pos_weight: (bce) factor of the positive labels: one number, or one per column.
         delta: (huber) where the square turns into a line, greater than 0.
+        level: What :class:`~torch_mtl_pyg.MultiTaskModel` predicts for: ``"node"``, ``"edge"`` (pairs of nodes in
+            ``data.edge_label_index``), ``"graph"``, or None: graphs where the data is a batch of graphs and the model
+            pools, else nodes.
 
     Raises:
         TypeError: An argument has the wrong type.
@@ -51,6 +55,7 @@ class Task:
     ignore_index: int = field(default=-100, kw_only=True)
     pos_weight: float | Sequence[float] | Tensor | None = field(default=None, kw_only=True)
     delta: float = field(default=1.0, kw_only=True)
+    level: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         width = checked_integer("out_channels", self.out_channels)
@@ -64,6 +69,10 @@ class Task:
             raise TypeError(f"loss: expected a string, a callable or None, got {type(self.loss).__name__}.")
         if self.loss == "gaussian_nll" and width % 2:
             raise ValueError(f"out_channels: gaussian_nll expects two per target, an even number, got {width}.")
+        if self.level is not None and not isinstance(self.level, str):
+            raise TypeError(f"level: expected a string or None, got {type(self.level).__name__}.")
+        if self.level is not None and self.level not in LEVELS:
+            raise ValueError(f"level: expected one of {', '.join(LEVELS)}, or None, got {self.level!r}.")
         object.__setattr__(self, "weight", _number("weight", self.weight, low=0.0))
         for name, (loss, default) in _OPTIONS.items():
             value = getattr(self, name)

@@ -78,9 +78,10 @@ struct Run {
     job.out = wanted.out;
     job.out_columns = wanted.out_columns;
   }
-  // Rows of a tile that the second-level cache keeps.
+  // Rows of a tile: more than the second-level cache keeps, since the weights and their sums pass by once for each
+  // tile.
   int64_t rows_that_fit(int64_t hidden, int64_t logits) const {
-    constexpr int64_t kTileBytes = 352 << 10, kMost = 192, kLeast = 32;
+    constexpr int64_t kTileBytes = 640 << 10, kMost = 192, kLeast = 32;
     const int64_t layered = (layers.depth - 1) * hidden;
     const int64_t row = acc() * (2 * x.cols + (job.gradient ? 3 : 1) * layered + logits);
     return std::clamp<int64_t>(kTileBytes / std::max<int64_t>(1, row) / 16 * 16, kLeast, kMost);
@@ -112,7 +113,7 @@ struct Run {
 
 // Whole tasks side by side, as many as stay in the cache with their tile; for the Gramian each one alone.
 std::vector<std::pair<int64_t, int64_t>> groups_of(const Layers& layers, const Tasks& tasks, bool alone) {
-  constexpr int64_t kColumns = 384;
+  constexpr int64_t kColumns = 192;
   const int64_t units = layers.depth > 1 ? layers.widest_units() : 0;
   std::vector<std::pair<int64_t, int64_t>> groups;
   for (int64_t t = 0; t < layers.tasks; ++t) {
@@ -164,7 +165,7 @@ void Run::all() {
     tile_rows = std::clamp<int64_t>((256 << 10) / std::max<int64_t>(1, acc() * groups * x.cols), 8, tile_rows);
   // A slice costs sums of its own, written and read once.
   const int64_t sums = numbers + (wanted.gramian ? count() * count() : 0);
-  const int64_t wished = sums > 65536 ? std::min(n / 512, std::max<int64_t>(16, n / 1024)) : n / 128;
+  const int64_t wished = std::min(n / (sums > 65536 ? 192 : 128), std::max<int64_t>(16, n / 1024));
   int64_t slices = std::clamp<int64_t>(wished, 1, 32);
   slices = std::clamp<int64_t>((int64_t(1) << 24) / std::max<int64_t>(1, sums), 1, slices);
   if (slices > 1 && slices % 2) --slices;  // few threads get equal shares

@@ -24,8 +24,7 @@ from torch_geometric.utils import index_to_mask, to_undirected
 from .tasks import NodeTask, standardise
 from .trunks import SparseInputAPPNP
 
-CORA_PARTS = ("x", "tx", "allx", "y", "ty", "ally", "graph", "test.index")
-CORA_FILES = tuple(f"Cora/raw/ind.cora.{part}" for part in CORA_PARTS)
+PLANETOID_PARTS = ("x", "tx", "allx", "y", "ty", "ally", "graph", "test.index")
 
 
 @dataclass(frozen=True)
@@ -109,23 +108,29 @@ def digits(seed: int) -> MultiTaskGraph:
     )
 
 
-def read_cora(root: Path) -> Data:
-    """Cora from the raw files below ``root``, which is only read.
+def planetoid_files(name: str) -> list[str]:
+    """The raw files of Planetoid's ``name``."""
+    return [f"{name}/raw/ind.{name.lower()}.{part}" for part in PLANETOID_PARTS]
+
+
+def read_planetoid(root: Path, name: str) -> Data:
+    """``"Cora"`` or ``"CiteSeer"`` from the raw files below ``root``, which is only read.
 
     PyG writes its processed file beside the raw ones, so they are copied to a temporary folder first.
 
     Raises:
         ValueError: If a raw file is missing; the message lists the files looked for.
     """
-    missing = [name for name in CORA_FILES if not (root / name).is_file()]
+    files = planetoid_files(name)
+    missing = [file for file in files if not (root / file).is_file()]
     if missing:
-        wanted = "\n".join(f"  {root / name}{'  (missing)' if name in missing else ''}" for name in CORA_FILES)
-        raise ValueError(f"root must hold the raw files of Planetoid's Cora; looked for\n{wanted}")
+        wanted = "\n".join(f"  {root / file}{'  (missing)' if file in missing else ''}" for file in files)
+        raise ValueError(f"root must hold the raw files of Planetoid's {name}; looked for\n{wanted}")
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "Cora/raw").mkdir(parents=True)
-        for name in CORA_FILES:
-            shutil.copyfile(root / name, Path(folder) / name)
-        return Planetoid(folder, "Cora")[0]
+        (Path(folder) / f"{name}/raw").mkdir(parents=True)
+        for file in files:
+            shutil.copyfile(root / file, Path(folder) / file)
+        return Planetoid(folder, name)[0]
 
 
 def cora(root: Path) -> MultiTaskGraph:
@@ -133,7 +138,7 @@ def cora(root: Path) -> MultiTaskGraph:
 
     The two structural targets are computed from the citation graph without self-loops, duplicate or directed edges.
     """
-    data = read_cora(root)
+    data = read_planetoid(root, "Cora")
     n = data.num_nodes
     adjacency = torch.zeros(n, n)
     adjacency[data.edge_index[0], data.edge_index[1]] = 1

@@ -45,9 +45,12 @@ class GINE(nn.Module):
         bond_dims: How many categories each column of ``edge_attr`` has.
         channels: Width of all layers and of the embedding.
         layers: Number of layers.
+        dropout: Probability with which an element of the embedding is dropped in training.
     """
 
-    def __init__(self, atom_dims: Sequence[int], bond_dims: Sequence[int], channels: int, layers: int) -> None:
+    def __init__(
+        self, atom_dims: Sequence[int], bond_dims: Sequence[int], channels: int, layers: int, dropout: float = 0.0
+    ) -> None:
         super().__init__()
         self.atoms = CategorySum(atom_dims, channels)
         self.bonds = nn.ModuleList(CategorySum(bond_dims, channels) for _ in range(layers))
@@ -55,13 +58,14 @@ class GINE(nn.Module):
             GINEConv(MLP([channels, channels, channels], norm="batch_norm"), train_eps=True) for _ in range(layers)
         )
         self.norms = nn.ModuleList(nn.BatchNorm1d(channels) for _ in range(layers))
+        self.dropout = dropout
 
-    def forward(self, batch: Batch) -> Tensor:
-        """``[G, channels]`` for the ``G`` molecules of the batch."""
-        h = self.atoms(batch.x)
+    def forward(self, x: Tensor, edge_index: Tensor, edge_attr: Tensor, batch: Tensor, batch_size: int) -> Tensor:
+        """``[G, channels]`` for the ``G = batch_size`` molecules, of which ``batch`` tells each atom its own."""
+        h = self.atoms(x)
         for bonds, conv, norm in zip(self.bonds, self.convs, self.norms, strict=True):
-            h = h + F.relu(norm(conv(h, batch.edge_index, bonds(batch.edge_attr))))
-        return global_mean_pool(h, batch.batch, batch.num_graphs)
+            h = h + F.relu(norm(conv(h, edge_index, bonds(edge_attr))))
+        return F.dropout(global_mean_pool(h, batch, batch_size), self.dropout, self.training)
 
 
 class MoleculeModel(nn.Module):
@@ -72,7 +76,12 @@ class MoleculeModel(nn.Module):
         self.trunk = trunk
         self.heads = mtl.MultiTaskHeads(channels, tasks)
 
+    def embed(self, batch: Batch) -> Tensor:
+        """The embedding ``[G, channels]`` of the molecules of a batch."""
+        out: Tensor = self.trunk(batch.x, batch.edge_index, batch.edge_attr, batch.batch, batch.num_graphs)
+        return out
+
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Outputs ``[G, C_t]`` by task name."""
-        out: dict[str, Tensor] = self.heads(self.trunk(batch))
+        out: dict[str, Tensor] = self.heads(self.embed(batch))
         return out

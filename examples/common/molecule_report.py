@@ -10,8 +10,10 @@ import numpy as np
 
 from torch_mtl_pyg.plot import conflict_heatmap, conflicts_over_time, loss_curves
 
-from .comparison import comparison_table, comparison_verdict, interval, paired, tasks_table
+from .comparison import comparison_table, comparison_verdict, interval, paired
+from .molecule_tables import save_csv, scores_table, test_table
 from .molecule_training import Run
+from .molecules import Molecules
 from .report import mean_std, save_json
 
 BASELINE = "none"
@@ -26,54 +28,60 @@ def summarise(runs: Mapping[str, Sequence[Run]], single: Sequence[Mapping[str, R
         single: Per seed, task to the run of the model that has this task alone; may be empty.
 
     Returns:
-        ``methods`` maps a method to one value per seed of ``AUROC`` (mean test AUROC), ``conflicts`` (share of task
-        pairs), ``seconds`` (per epoch of training, their median), ``tasks`` (test AUROC of each) and to its ``runs``.
-        With several methods also ``differences`` and ``verdict``.
+        ``methods`` maps a method to one value per seed of the metric (``AUROC`` or ``MAE/std``, its mean over the tasks
+        on test), ``conflicts`` (share of task pairs), ``seconds`` (per epoch of training, their median), ``tasks`` (the
+        metric of each) and to its ``runs``. With several methods also ``differences`` and ``verdict``.
     """
+    kind = next(iter(runs.values()))[0].kind
+    metric = kind.title
     methods = {method: _row(per_seed) for method, per_seed in runs.items()}
     if single:
         methods[SINGLE] = {
-            "AUROC": [float(np.mean([run.auroc for run in models.values()])) for models in single],
+            metric: [float(np.mean([run.score for run in models.values()])) for models in single],
             "conflicts": [],
             "seconds": [float(sum(np.median(run.seconds) for run in models.values())) for models in single],
-            "tasks": {task: [models[task].auroc for models in single] for task in single[0]},
+            "tasks": {task: [models[task].score for models in single] for task in single[0]},
             "runs": [{task: _run(run) for task, run in models.items()} for models in single],
         }
     summary: dict[str, Any] = {"methods": methods}
     if len(methods) > 1:
-        seeds = len(methods[BASELINE]["AUROC"])
+        seeds = len(methods[BASELINE][metric])
         summary["differences"] = {}
         for method in methods:
             if method != BASELINE:
-                mean, half = interval(paired(methods, method, BASELINE))
+                mean, half = interval(paired(methods, method, BASELINE, metric))
                 summary["differences"][method] = {"mean": mean, "half_width_95": half if seeds > 1 else None}
-        summary["verdict"] = comparison_verdict(methods, BASELINE)
+        summary["verdict"] = comparison_verdict(methods, BASELINE, metric, kind.higher)
     return summary
 
 
-def in_words(runs: Mapping[str, Sequence[Run]], summary: Mapping[str, Any]) -> str:
+def in_words(runs: Mapping[str, Sequence[Run]], summary: Mapping[str, Any], molecules: Molecules) -> str:
     """The tables, and with several methods the verdict."""
     methods = summary["methods"]
     first = next(iter(runs.values()))
+    metric = first[0].kind.title
+    chosen = f"best mean validation {metric}"
     if len(methods) == 1 and len(first) == 1:
         run = first[0]
-        assert run.test is not None
-        text = f"Test, at epoch {run.best_epoch}, the one with the best mean validation AUROC:\n\n{run.test.table()}"
+        text = f"Test, at epoch {run.best_epoch}, the one with the {chosen}:\n\n{test_table(run, molecules)}"
         return f"{text}\n\n{run.conflicts:.1%} of the task pairs in conflict (mean over the steps looked at)."
     seeds = f" (mean +- standard deviation over {len(first)} seeds)" if len(first) > 1 else ""
-    text = f"Test AUROC, at the epoch with the best mean validation AUROC{seeds}:\n\n"
-    text += tasks_table({method: row["tasks"] for method, row in methods.items()})
+    text = f"Test {metric}, at the epoch with the {chosen}{seeds}:\n\n"
+    text += scores_table({method: row["tasks"] for method, row in methods.items()}, first[0])
     if len(methods) == 1:
         row = methods[next(iter(methods))]
         conflicts = f"{np.mean(row['conflicts']):.1%}"
-        return f"{text}\n\nMean over the tasks: {mean_std(row['AUROC'])}. Task pairs in conflict: {conflicts}."
-    return f"{text}\n\n{comparison_table(methods, BASELINE)}\n\n{summary['verdict']}"
+        return f"{text}\n\nMean over the tasks: {mean_std(row[metric])}. Task pairs in conflict: {conflicts}."
+    return f"{text}\n\n{comparison_table(methods, BASELINE, metric)}\n\n{summary['verdict']}"
 
 
-def save_all(runs: Mapping[str, Sequence[Run]], summary: dict[str, Any], out: Path) -> list[Path]:
-    """Saves ``metrics.json``, and the figures of the first seed of each method; returns the files."""
-    paths = [out / "metrics.json"]
+def save_all(
+    runs: Mapping[str, Sequence[Run]], single: Sequence[Mapping[str, Run]], summary: dict[str, Any], out: Path
+) -> list[Path]:
+    """Saves ``metrics.json``, ``tasks.csv`` and the figures of the first seed of each method; returns the files."""
+    paths = [out / "metrics.json", out / "tasks.csv"]
     save_json(summary, paths[0])
+    save_csv(runs, single, paths[1])
     for method, per_seed in runs.items():
         run = per_seed[0]
         figures = [out / f"{figure}_{method}.png" for figure in ("conflicts", "conflicts_over_time", "losses")]
@@ -86,11 +94,13 @@ def save_all(runs: Mapping[str, Sequence[Run]], summary: dict[str, Any], out: Pa
 
 def _row(runs: Sequence[Run]) -> dict[str, Any]:
     tests = [run.test for run in runs if run.test is not None]
+    kind = runs[0].kind
+    names, metric = runs[0].names, kind.metric
     return {
-        "AUROC": [run.auroc for run in runs],
+        kind.title: [run.score for run in runs],
         "conflicts": [run.conflicts for run in runs],
         "seconds": [float(np.median(run.seconds)) for run in runs],
-        "tasks": {task: [test[task]["AUROC"] for test in tests if "AUROC" in test[task]] for task in runs[0].names},
+        "tasks": {task: [test[task][metric] for test in tests if metric in test[task]] for task in names},
         "runs": [_run(run) for run in runs],
     }
 
@@ -101,7 +111,7 @@ def _run(run: Run) -> dict[str, Any]:
         "seed": run.seed,
         "parameters": run.parameters,
         "total_loss": run.total,
-        "validation_AUROC": run.val,
+        f"validation_{run.kind.title}": run.val,
         "best_epoch": run.best_epoch,
         "test": run.test.to_dict(),
     }

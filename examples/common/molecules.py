@@ -49,6 +49,7 @@ class Molecules:
         atom_dims: How many categories each column of ``x`` has.
         bond_dims: How many categories each column of ``edge_attr`` has.
         part: ``[G]``: 0 training, 1 validation, 2 test.
+        scale: ``[T]`` float64: what one unit of ``y`` is in the units of the file; None: the same.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Molecules:
     atom_dims: tuple[int, ...]
     bond_dims: tuple[int, ...]
     part: Tensor
+    scale: Tensor | None = None
 
     def __len__(self) -> int:
         return self.y.shape[0]
@@ -73,7 +75,23 @@ class Molecules:
     def only(self, task: str) -> Molecules:
         """The same molecules with the labels of one task, those without a label left in."""
         column = self.task_names.index(task)
-        return replace(self, y=self.y[:, column : column + 1], task_names=(task,))
+        one = slice(column, column + 1)
+        scale = None if self.scale is None else self.scale[one]
+        return replace(self, y=self.y[:, one], task_names=(task,), scale=scale)
+
+    def standardised(self) -> Molecules:
+        """The same molecules with labels ``(y - mean) / std``, both of the labels of the training molecules alone.
+
+        Raises:
+            ValueError: The labels of a task are all equal in training, or there are fewer than two.
+        """
+        columns = self.y[self.indices("train")].double().unbind(1)
+        known = [column[~column.isnan()] for column in columns]
+        for name, labels in zip(self.task_names, known, strict=True):
+            if len(labels) < 2 or bool((labels == labels[0]).all()):
+                raise ValueError(f"{self.name}: expected two different training labels of {name!r}, got fewer.")
+        mean, std = (torch.stack([getattr(labels, f)() for labels in known]) for f in ("mean", "std"))
+        return replace(self, y=((self.y.double() - mean) / std).float(), scale=std)
 
     def indices(self, part: str) -> Tensor:
         """The molecules of ``"train"``, ``"val"`` or ``"test"``."""

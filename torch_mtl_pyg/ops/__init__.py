@@ -2,6 +2,7 @@
 
 from . import _aggregate, _aggregate_linear
 from . import group_edges as _group_edges
+from . import grouped_linear as _grouped_linear
 from . import multi_head_linear as _multi_head_linear
 from . import multi_head_loss as _multi_head_loss
 from . import multi_head_mlp as _multi_head_mlp
@@ -9,6 +10,7 @@ from . import multi_head_mlp_loss as _multi_head_mlp_loss
 from .aggregate import aggregate
 from .aggregate_linear import aggregate_linear
 from .group_edges import group_edges
+from .grouped_linear import grouped_linear
 from .multi_head_linear import multi_head_linear, multi_head_linear_split
 from .multi_head_loss import multi_head_loss
 from .multi_head_mlp import multi_head_mlp, multi_head_mlp_split
@@ -20,6 +22,7 @@ __all__ = [
     "aggregate",
     "aggregate_linear",
     "group_edges",
+    "grouped_linear",
     "multi_head_linear",
     "multi_head_linear_split",
     "multi_head_loss",
@@ -35,6 +38,7 @@ def register() -> None:
     _group_edges.register()
     _aggregate.register()
     _aggregate_linear.register()
+    _grouped_linear.register()
     _multi_head_linear.register()
     _multi_head_loss.register()
     _multi_head_mlp.register()

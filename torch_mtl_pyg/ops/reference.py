@@ -29,6 +29,12 @@ def multi_head_linear_backward(
     )
 
 
+def grouped_linear(xs: Sequence[Tensor], weights: Sequence[Tensor], bias: Tensor | None = None) -> Tensor:
+    """One linear layer per group of rows; shapes as in :func:`torch_mtl_pyg.ops.grouped_linear`."""
+    biases = [None] * len(xs) if bias is None else bias.unbind()
+    return torch.cat([F.linear(x, weight, b) for x, weight, b in zip(xs, weights, biases, strict=True)])
+
+
 def multi_head_loss(
     x: Tensor, weight: Tensor, bias: Tensor | None, labels: Sequence[Tensor | None], layout: TaskLayout
 ) -> tuple[Tensor, Tensor]:
