@@ -17,7 +17,7 @@ from mlp_cases import SINGLE, problem
 from torch_mtl_pyg import backend
 from torch_mtl_pyg.ops.loss_table import loss_table
 
-WRONG = (RuntimeError, TypeError, ValueError, NotImplementedError)
+WRONG = (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError)
 OPS = ("multi_head_mlp", "multi_head_mlp_backward", "multi_head_mlp_loss")
 
 
