@@ -4,7 +4,7 @@ from ._version import __version__
 from .backend import backend_info, use_backend
 from .balancing.cosine import task_cosine
 from .loader import MultiTaskLoader
-from .nn import MultiTaskConv, MultiTaskEncoders, MultiTaskHeads, MultiTaskModel
+from .nn import MultiTaskConv, MultiTaskEncoders, MultiTaskHeads, MultiTaskModel, multi_task
 from .task import Task, TaskLosses
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "TaskLosses",
     "__version__",
     "backend_info",
+    "multi_task",
     "task_cosine",
     "use_backend",
 ]
