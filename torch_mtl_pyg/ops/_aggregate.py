@@ -159,10 +159,11 @@ def again(
 ) -> tuple[Tensor | None, ...]:
     """The gradients of a function of the inputs where needed, differentiable themselves where autograd records."""
     create_graph = torch.is_grad_enabled()
+    alias = create_graph or transformed()  # in a transform nothing may be told to need a gradient
     with torch.enable_grad():
         # Aliases, since an input may depend on another: only the way through the function itself counts here.
         own = [
-            t if t is None or not need else t.view_as(t) if create_graph else t.detach().requires_grad_()
+            t if t is None or not need else t.view_as(t) if alias else t.detach().requires_grad_()
             for t, need in zip(inputs, needed, strict=True)
         ]
         out = function(*own)
