@@ -96,6 +96,15 @@ def test_batches_of_graphs_per_task(any_backend: str) -> None:
         torch.testing.assert_close(out[name], model(one, task=name), rtol=1e-12, atol=1e-12)
 
 
+def test_pooling_behind_a_trunk_that_takes_no_batch() -> None:
+    model = mimo(TRUNKS["mlp"](6, 8), TASKS)
+    data = {"a": batch(5), "c": batch(3, (2, 5))}
+    for name, out in model(data).items():
+        h = model.trunk(model.encoders(data[name].x, task=name))
+        expected = model.heads(global_mean_pool(h, data[name].batch), task=name)
+        torch.testing.assert_close(out, expected)
+
+
 def test_one_graph_with_features_per_task(any_backend: str) -> None:
     model = mimo(TRUNKS["gine"](6, 8), TASKS)
     index, attr = torch.randint(0, 9, (2, 20)), torch.randn(20, 2, dtype=torch.float64)

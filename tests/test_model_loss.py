@@ -191,6 +191,60 @@ def test_levels_together(any_backend: str) -> None:
         model.loss(data, mask=mask)
 
 
+@pytest.mark.parametrize("own", [False, True])
+def test_heads_with_hidden_layers(any_backend: str, own: bool) -> None:
+    """Levels, and one graph per task; also with a callable among the fused losses of a level."""
+    tasks = {
+        **LEVELS,
+        "n": mtl.Task(1, loss=lambda out, y: (out[:, 0] - y).square(), level="node") if own else LEVELS["n"],
+    }
+    heads = mtl.MultiTaskHeads(8, tasks, hidden_channels=[6, 5], act="tanh")
+    model = mtl.MultiTaskModel(GCN(5, 8, 2), heads)
+    trained(model)
+    data = batch(5)
+    data.edge_label_index, data.edge_label = torch.randint(0, 11, (2, 6)), torch.rand(6).round()
+    data.y = {
+        "g": torch.randint(0, 2, (3,)),
+        "n": torch.randn(11, dtype=torch.float64),
+        "n2": torch.randint(0, 3, (11,)),
+    }
+    modules = heads.to_modules()
+    h = model.trunk(data.x, data.edge_index)
+    ends = h[data.edge_label_index[0]] * h[data.edge_label_index[1]]
+    pooled = global_mean_pool(h, data.batch)
+    embedding = {"g": pooled, "n": h, "e": ends, "n2": h, "none": pooled}
+    out = model(data)
+    for name in tasks:
+        torch.testing.assert_close(out[name], modules[name](embedding[name]))
+        torch.testing.assert_close(model(data, task=name), out[name])
+    expected = {
+        "g": F.cross_entropy(out["g"], data.y["g"]),
+        "n": F.mse_loss(out["n"][:, 0], data.y["n"]),
+        "e": F.binary_cross_entropy_with_logits(out["e"][:, 0], data.edge_label.double()),
+        "n2": F.cross_entropy(out["n2"], data.y["n2"]),
+    }
+    check(model.loss(data), expected, model)
+    joint = {"n": graph(7, 5, 9, y=torch.randn(7).double()), "n2": graph(4, 5, 9, y=torch.randint(0, 3, (4,)))}
+    outputs = model(joint)
+    for name, one in joint.items():
+        torch.testing.assert_close(outputs[name], modules[name](model.trunk(one.x, one.edge_index)))
+    losses = {
+        "n": F.mse_loss(outputs["n"][:, 0], joint["n"].y),
+        "n2": F.cross_entropy(outputs["n2"], joint["n2"].y),
+    }
+    check(model.loss(joint), losses, model)
+
+
+def test_dropout_in_the_heads() -> None:
+    heads = mtl.MultiTaskHeads(8, LEVELS, hidden_channels=16, dropout=0.5)
+    model = mtl.MultiTaskModel(GCN(5, 8, 2), heads).double()
+    data = graph(9, 5, 20, edge_label_index=torch.randint(0, 9, (2, 5)))
+    model.train()
+    assert not torch.equal(model(data)["n2"], model(data)["n2"])
+    model.eval()
+    assert torch.equal(model(data)["n2"], model(data)["n2"])
+
+
 def test_labels_of_nodes_and_of_edges() -> None:
     """As PyG's RandomLinkSplit leaves them: y for nodes, edge_label for edges."""
     tasks = {name: LEVELS[name] for name in ("n2", "e")}

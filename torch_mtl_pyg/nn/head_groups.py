@@ -3,54 +3,74 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..ops.multi_head_linear import multi_head_linear, multi_head_linear_split
+from ..ops import multi_head_linear_split, multi_head_mlp_split
+from ..ops.multi_head_loss import Labels
 from ..task import TaskLayout, TaskLosses
 from . import freezing
 from .heads import MultiTaskHeads
-from .loss import Labels, losses_of_all
+from .loss import losses_of_all
+
+
+@dataclass
+class _Some:
+    """What the losses ask heads for, of some of them."""
+
+    layout: TaskLayout
+    hidden_channels: Sequence[int]
+    depth: int
+
+    rows_of = MultiTaskHeads.rows_of
+
+    @property
+    def tasks(self) -> Mapping[str, Any]:
+        return self.layout.tasks
 
 
 def outputs_of(heads: MultiTaskHeads, names: Sequence[str], h: Tensor) -> dict[str, Tensor]:
     """The outputs of some heads, in packing order, in one launch."""
     if len(names) == len(heads.tasks):
         return heads(h)  # type: ignore[no-any-return]
-    if len(names) == 1 or heads.hidden_channels is not None:
-        return {name: heads(h, task=name) for name in names}
-    weight, bias = _rows(heads, names)
-    widths = tuple(heads.tasks[name].out_channels for name in names)
-    return dict(zip(names, multi_head_linear_split(h, weight, bias, widths), strict=True))
+    if len(names) == 1:
+        return {names[0]: heads(h, task=names[0])}
+    weights, biases = _rows(heads, names)
+    layout = TaskLayout({name: heads.tasks[name] for name in names})
+    if heads.depth == 1:
+        outputs = multi_head_linear_split(h, weights[0], biases[0] if biases else None, layout.widths)
+    else:
+        outputs = multi_head_mlp_split(h, weights, biases, layout, heads._hidden())
+    return dict(zip(names, outputs, strict=True))
 
 
-def outputs_of_own(heads: MultiTaskHeads, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The output of each head on rows of its own, which no other head sees."""
-    if len(parts) == 1 or heads.hidden_channels is not None:
-        return {name: heads(part, task=name) for name, part in parts.items()}
-    weight, bias = freezing.effective(heads)
-    # Split once: the gradients of slices would each be as large as all heads.
-    weights = dict(zip(heads.tasks, weight.split(heads.layout.widths), strict=True))
-    biases = (
-        dict.fromkeys(heads.tasks)
-        if bias is None
-        else dict(zip(heads.tasks, bias.split(heads.layout.widths), strict=True))
-    )
-    return {name: multi_head_linear(part, weights[name], biases[name]) for name, part in parts.items()}
+def outputs_of_own(heads: MultiTaskHeads, h: Tensor, sizes: Mapping[str, int]) -> dict[str, Tensor]:
+    """The output of each head on rows of its own, in one launch. ``sizes``: name to number of rows, as they lie."""
+    if len(sizes) == 1:
+        return {name: heads(h, task=name) for name in sizes}
+    out = heads(h, task=routes(heads, sizes, h))
+    parts = zip(sizes, out.split(list(sizes.values())), strict=True)
+    return {name: part[:, : heads.tasks[name].out_channels] for name, part in parts}
+
+
+def routes(heads: MultiTaskHeads, sizes: Mapping[str, int], h: Tensor) -> Tensor:
+    """The index of the task of each row ``[N]``."""
+    places = torch.tensor([heads.layout.names.index(name) for name in sizes], device=h.device)
+    counts = torch.tensor(list(sizes.values()), device=h.device)
+    return places.repeat_interleave(counts, output_size=h.shape[0])
 
 
 def losses_of(heads: MultiTaskHeads, names: Sequence[str], h: Tensor, y: Labels, gramian: bool) -> TaskLosses:
     """The losses of some heads; ``names`` of the result are all of the heads, the others' losses are 0."""
     if len(names) == len(heads.tasks):
         return heads.loss(h, y, gramian=gramian)
-    if heads.hidden_channels is not None:
-        columns = y if isinstance(y, Mapping) else dict(zip(names, y.unbind(1), strict=True))
-        return heads.loss(h, {**dict.fromkeys(heads.tasks), **columns}, gramian=gramian)
-    weight, bias = _rows(heads, names)
     layout = TaskLayout({name: heads.tasks[name] for name in names})
-    losses = losses_of_all(h, weight, bias, y, layout, gramian)
+    some: Any = _Some(layout, heads.hidden_channels, heads.depth)
+    losses = losses_of_all(some, h, y, *_rows(heads, names), heads._hidden(), gramian)
     places = torch.tensor([heads.layout.names.index(name) for name in names], device=losses.per_task.device)
     count = len(heads.tasks)
     product = None
@@ -81,12 +101,17 @@ def sum_of(parts: Sequence[TaskLosses]) -> TaskLosses:
     )
 
 
-def _rows(heads: MultiTaskHeads, names: Sequence[str]) -> tuple[Tensor, Tensor | None]:
-    """The rows of the packed parameters that belong to some heads."""
-    weight, bias = freezing.effective(heads)
-    slices = [heads.slices[name] for name in names]
-    if all(a.stop == b.start for a, b in pairwise(slices)):
-        rows: slice | Tensor = slice(slices[0].start, slices[-1].stop)
-    else:
-        rows = torch.cat([torch.arange(s.start, s.stop, device=weight.device) for s in slices])
-    return weight[rows], None if bias is None else bias[rows]
+def _rows(heads: MultiTaskHeads, names: Sequence[str]) -> tuple[list[Tensor], list[Tensor]]:
+    """The rows of the packed layers that belong to some heads."""
+    weights, biases = freezing.effective(heads)
+    own_weights, own_biases = [], []
+    for layer, weight in enumerate(weights):
+        slices = [heads.rows_of(layer, name) for name in names]
+        if all(a.stop == b.start for a, b in pairwise(slices)):
+            rows: slice | Tensor = slice(slices[0].start, slices[-1].stop)
+        else:
+            rows = torch.cat([torch.arange(s.start, s.stop, device=weight.device) for s in slices])
+        own_weights.append(weight[rows])
+        if biases:
+            own_biases.append(biases[layer][rows])
+    return own_weights, own_biases

@@ -13,7 +13,7 @@ from torch_geometric.data import Data
 
 from ..labels import LabelError
 from ..task import TaskLosses
-from .head_groups import sum_of
+from .head_groups import outputs_of_own, routes, sum_of
 from .levels import edge_embedding, graph_embedding, level_of
 from .model_labels import Mask, check_each, mask_of, outside_missing, own_labels, routed_labels
 from .union import check_graphs, disjoint_union, node_counts
@@ -112,6 +112,16 @@ def joint_embedding(model: MultiTaskModel, data: Mapping[str, Data] | Data) -> J
     return Joint(graphs, {name: parts[name] for name in graphs}, levels, whole)
 
 
+def joint_outputs(model: MultiTaskModel, data: Mapping[str, Data] | Data) -> dict[str, Tensor]:
+    """The output of each task for its own graph, in packing order."""
+    joint = joint_embedding(model, data)
+    outputs: dict[str, Tensor] = {}
+    for level, names in joint.levels.items():
+        sizes = {name: joint.parts[name].shape[0] for name in names}
+        outputs.update(outputs_of_own(model.heads, joint.together(level, names), sizes))
+    return {name: outputs[name] for name in model.heads.tasks if name in outputs}
+
+
 def joint_losses(
     model: MultiTaskModel, data: Mapping[str, Data] | Data, y: Any, mask: Mask, gramian: bool
 ) -> TaskLosses:
@@ -153,10 +163,9 @@ def _losses(
     rows = {name: joint.parts[name] for name in names}
     y = routed_labels(rows, labels, heads.layout)
     h = joint.together(level, names)
-    places = torch.tensor([heads.layout.names.index(name) for name in names], device=h.device)
-    counts = torch.tensor([part.shape[0] for part in rows.values()], device=h.device)
+    task = routes(heads, {name: part.shape[0] for name, part in rows.items()}, h)
     try:
-        return heads.loss(h, y, task=places.repeat_interleave(counts, output_size=h.shape[0]), gramian=gramian)
+        return heads.loss(h, y, task=task, gramian=gramian)
     except LabelError:
         check_each({name: labels[name] for name in names}, heads.layout)
         raise

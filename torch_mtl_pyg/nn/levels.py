@@ -93,6 +93,8 @@ def graph_embedding(h: Tensor, batch: Tensor | None, count: int, pool: Any) -> T
         out, who = h, "trunk"
     else:
         who = "pool"
+        if batch is None and count != 1:
+            raise ValueError(f"data.batch: expected it, since there are {count} graphs, got none.")
         if batch is not None and batch.shape[0] != h.shape[0]:
             raise ValueError(f"data.batch: expected shape [{h.shape[0]}], one per node, got {list(batch.shape)}.")
         out = pool(h, batch, dim_size=count) if isinstance(pool, Aggregation) else pool(h, batch, count)

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from torch_geometric.data import Batch, Data
 
 from ..labels import FLOATING, label_columns
+from ..ops.multi_head_loss import Labels
 from ..task import TaskLosses
 from .encoders import MultiTaskEncoders
-from .head_groups import losses_of, outputs_of, outputs_of_own, sum_of
+from .head_groups import losses_of, outputs_of, sum_of
 from .heads import MultiTaskHeads
-from .joint import is_joint, joint_embedding, joint_losses
+from .joint import is_joint, joint_losses, joint_outputs
 from .levels import Edge, Pool, checked_edge, checked_pool, edge_embedding, graph_embedding, level_of, num_graphs
-from .loss import Labels
 from .model_labels import Mask, labels_by_level, labels_in, mask_of, masked, outside_missing
 from .trunk_inputs import TrunkInputs
 
@@ -108,8 +108,7 @@ class MultiTaskModel(nn.Module):
         """
         if is_joint(data) and (task is None or isinstance(data, Mapping) or isinstance(task, Tensor)):
             self._check_no_task(task)
-            parts = joint_embedding(self, data).parts
-            return outputs_of_own(self.heads, {name: parts[name] for name in self.heads.tasks if name in parts})
+            return joint_outputs(self, data)
         data = self._checked(data)
         if isinstance(task, Tensor):
             level = self._one_level(data)

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from torch_geometric.data import Data
 
 from ..labels import FLOATING, INTEGER, check_values, label_columns, labelled, missing_value, split_labels
+from ..ops.multi_head_loss import Labels
 from ..task import Task, TaskLayout
-from .loss import Labels
 
 Mask = str | Tensor | Mapping[str, str | Tensor] | None
 

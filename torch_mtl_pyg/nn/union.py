@@ -52,12 +52,10 @@ def disjoint_union(
     merged: dict[str, Any] = {"num_nodes": sum(nodes.values())}
     if x is not None:
         merged["x"] = x
+    if graphs:
+        merged["batch"] = _batch(parts, nodes, counts)
     for field in fields:
-        if field in merged:
-            continue
-        if field == "batch":
-            if graphs:
-                merged["batch"] = _batch(parts, nodes, counts)
+        if field in merged or field == "batch":
             continue
         values = _values(field, parts, keys)
         if values:
