@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch_geometric.nn import Linear
-from torch_geometric.nn.resolver import activation_resolver
+from torch_geometric.nn.resolver import activation_resolver, swish
 
 from ..ops import Hidden, multi_head_linear, multi_head_mlp
 from ..ops.reference_mlp import ACTIVATIONS
@@ -73,7 +73,7 @@ def act_of(module: nn.Module) -> str | None:
         if type(module) is kind:
             plain = getattr(module, "approximate", "none") == "none" and getattr(module, "alpha", 1.0) == 1.0
             return name if plain else None
-    return "silu" if type(module).__name__ == "swish" else None
+    return "silu" if module is swish else None
 
 
 def output_of(
@@ -143,6 +143,8 @@ def layers_of_modules(
 def _parts(name: str, module: nn.Module) -> tuple[list[Any], str | None, float]:
     """The linear layers of one head, its activation and its dropout."""
     if type(module) is not nn.Sequential:
+        if type(module) not in (nn.Linear, Linear):
+            raise TypeError(f"modules[{name!r}]: expected a linear layer, got {type(module).__name__}.")
         return [module], None, 0.0
     if module._forward_hooks or module._forward_pre_hooks:
         raise ValueError(f"modules[{name!r}]: expected a module without hooks, got one with hooks.")
@@ -173,7 +175,7 @@ def _between(name: str, parts: list[nn.Module]) -> tuple[str, float]:
             f"modules[{name!r}]: expected an activation, then perhaps Dropout, between layers, got {kinds}."
         )
     act = act_of(parts[0])
-    if act is None or parts[0]._forward_hooks or parts[0]._forward_pre_hooks:
+    if act is None or any(part._forward_hooks or part._forward_pre_hooks for part in parts):
         raise TypeError(f"modules[{name!r}]: expected one of {', '.join(ACTIVATIONS)}, without hooks, got {parts[0]}.")
     return act, float(parts[1].p) if len(parts) == 2 else 0.0  # type: ignore[arg-type]
 
