@@ -18,6 +18,7 @@ import argparse
 import copy
 import warnings
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,7 @@ def bench(
 def flops(n: int, d: int, tasks: int, classes: int, hidden: Sequence[int]) -> float:
     """Of all products of a step: three for each layer."""
     sizes = [d, *hidden, classes]
-    return 6.0 * n * tasks * sum(a * b for a, b in zip(sizes, sizes[1:], strict=False))
+    return 6.0 * n * tasks * sum(a * b for a, b in pairwise(sizes))
 
 
 def main() -> None:
