@@ -27,7 +27,7 @@ struct Layers {
         depth(static_cast<int64_t>(weights_in.size())),
         tasks(static_cast<int64_t>(packed.specs.size())) {
     check_cpu_matrix(x, "x", type);
-    STD_TORCH_CHECK(depth >= 1 && depth < 64 && tasks >= 1, "weights: expected at least one layer and one task");
+    STD_TORCH_CHECK(depth >= 1 && depth < 64 && tasks >= 1, "weights: expected 1 to 63 layers and at least one task");
     STD_TORCH_CHECK(biases_in.empty() || static_cast<int64_t>(biases_in.size()) == depth,
                     "biases: expected none or one for each layer");
     int64_t before = x.size(1);
@@ -36,6 +36,9 @@ struct Layers {
       check_cpu_matrix(weight, "weights", type);
       check_size(weight.size(1), before, "weights: size of dimension 1");
       const int64_t rows = weight.size(0);
+      // Expanded tensors may have more elements than there are numbers.
+      STD_TORCH_CHECK(rows <= kMost && before <= kMost && rows * std::max<int64_t>(1, before) <= (int64_t(1) << 46),
+                      "weights: expected at most 2^46 elements in layer ", layer);
       if (layer + 1 == depth)
         check_size(rows, packed.k, "weights: size of dimension 0 of the last layer");
       else
@@ -104,7 +107,7 @@ struct Layers {
     for (int64_t layer = 0; !last(layer); ++layer) work += units(layer) * sizes[layer];
     return work;
   }
-  static constexpr int64_t kPad = 64 * 8;
+  static constexpr int64_t kPad = 64 * 8, kMost = int64_t(1) << 31;
 };
 
 // The packed weights of the tasks [first, last), in memory of bytes().

@@ -88,10 +88,12 @@ struct Tasks {
     const int64_t* row = static_cast<const int64_t*>(integers.const_data_ptr());
     const double* numbers = reals ? static_cast<const double*>(reals->const_data_ptr()) : nullptr;
     const int64_t count = integers.size(0), places = reals ? reals->size(0) : 0;
+    const int64_t widest = (int64_t(1) << 62) / std::max<int64_t>(1, count);  // so that their sum is a number
     specs.resize(count);
     for (int64_t t = 0; t < count; ++t, row += 4) {
       STD_TORCH_CHECK(row[0] >= 0 && row[0] <= static_cast<int64_t>(Loss::kOutside) && row[1] >= 1 &&
-                          (!reals || row[3] < 0 || (row[3] >= count && row[3] + row[1] <= places)),
+                          row[1] <= widest &&
+                          (!reals || row[3] < 0 || (row[3] >= count && row[1] <= places && row[3] <= places - row[1])),
                       "integers: expected a kind, a width of at least 1, a label and a place in reals in row ", t);
       const Loss loss = reals ? static_cast<Loss>(row[0]) : Loss::kNone;
       const double* own = !reals || row[3] < 0 ? nullptr : numbers + row[3];

@@ -67,7 +67,7 @@ class MultiTaskHeads(nn.Module):
             raise ValueError(f"in_channels: expected at least 1, got {in_channels}.")
         self.hidden_channels = hidden_widths(hidden_channels)
         self.act = checked_act(act, bool(self.hidden_channels))
-        if isinstance(dropout, (bool, str)) or not hasattr(dropout, "__float__"):
+        if isinstance(dropout, (bool, str)) or not hasattr(dropout, "__float__") or getattr(dropout, "ndim", 0) > 0:
             raise TypeError(f"dropout: expected a number, got {type(dropout).__name__}.")
         if not 0.0 <= dropout <= 1.0:
             raise ValueError(f"dropout: expected a number in [0, 1], got {dropout}.")

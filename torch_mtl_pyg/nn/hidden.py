@@ -18,6 +18,9 @@ from .repacking import linear_modules, named_modules
 if TYPE_CHECKING:
     from .heads import MultiTaskHeads
 
+# The masks number the layers of a task with 6 bits.
+MOST_HIDDEN = 62
+
 _MODULES: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,
     "gelu": nn.GELU,
@@ -42,6 +45,8 @@ def hidden_widths(hidden_channels: object) -> tuple[int, ...]:
             raise ValueError("hidden_channels: expected None or at least one width, got none.")
     else:
         widths = (checked_integer("hidden_channels", hidden_channels),)
+    if len(widths) > MOST_HIDDEN:
+        raise ValueError(f"hidden_channels: expected at most {MOST_HIDDEN} layers, got {len(widths)}.")
     for width in widths:
         if width < 1:
             raise ValueError(f"hidden_channels: expected widths of at least 1, got {width}.")

@@ -95,7 +95,10 @@ def joint_embedding(model: MultiTaskModel, data: Mapping[str, Data] | Data) -> J
     if "node" in levels or "edge" in levels:
         total = sum(nodes.values())
         if h.shape[0] != total:
-            raise ValueError(f"trunk: expected one row for each of {total} nodes, got shape {list(h.shape)}.")
+            raise ValueError(
+                f"trunk: expected one row for each of {total} nodes, got shape {list(h.shape)}; where it pools them by "
+                'itself, give the tasks level="graph".'
+            )
         rows = dict(zip(nodes, h.split(list(nodes.values())), strict=True))
         whole["node"] = h
         for name in levels.get("node", ()):

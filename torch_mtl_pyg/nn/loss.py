@@ -107,7 +107,7 @@ def losses_of_routed(
         check_route(task, x)
         check_route_values(task, len(layout.names))
         check_routed_labels(y, x, layout)
-        if not torch.compiler.is_compiling() and has_values(task):
+        if not torch.compiler.is_compiling() and has_values(task) and has_values(y):  # type: ignore[arg-type]
             check_routed_tasks(task, y, layout)  # type: ignore[arg-type]
     fused = multi_head_mlp_loss(x, weights, biases, y, layout, hidden, task, gramian)
     if not own:
@@ -116,7 +116,8 @@ def losses_of_routed(
     values, counts, squares = {}, {}, {}
     for name in own:
         rows = (task == layout.names.index(name)).nonzero()[:, 0]
-        inputs, labels = x[rows], y[rows]
+        # Of a matrix, the columns that a row of this task has.
+        inputs, labels = x[rows], y[rows] if y.dim() == 1 else y[rows, : layout.tasks[name].out_channels]
         out = output_of(heads, name, inputs, weights, biases, hidden)
         values[name], counts[name] = _callable_loss(name, layout.tasks[name], out, labels)
         if gramian:
@@ -167,7 +168,7 @@ def _callable_loss(name: str, task: Task, out: Tensor, y: Tensor | None) -> tupl
     if y is None:
         return zero, torch.zeros((), dtype=torch.int64, device=out.device)
     present = labelled(task, y)
-    rows = present.reshape(present.shape[0], -1).all(1)
+    rows = present if present.dim() == 1 else present.flatten(1).all(1)
     count = rows.sum() * (present.numel() // max(1, present.shape[0]))
     # Both together: without any labelled row, a mean would be NaN.
     if not bool(rows.any()):

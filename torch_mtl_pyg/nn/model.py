@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch_geometric.data import Batch, Data
 
-from ..labels import FLOATING, label_columns
+from ..labels import FLOATING, MISSING, label_columns, missing_value
+from ..ops._checks import check_route, check_route_values
 from ..ops.multi_head_loss import Labels
 from ..task import TaskLosses
 from .encoders import MultiTaskEncoders
@@ -242,6 +243,21 @@ class MultiTaskModel(nn.Module):
             return edge_embedding(h, index, self.edge, "data.edge_label_index")
         return graph_embedding(h, data.batch if "batch" in data else None, num_graphs(data), self.pool)
 
+    def _outside_missing(self, y: Tensor, task: Tensor, mask: Tensor) -> Tensor:
+        """Routed labels with those outside of a mask missing, as the task of each row has it."""
+        tasks = list(self.heads.tasks.values())
+        if y.dtype in FLOATING:
+            return outside_missing(tasks[0], y, mask, "mask")
+        check_route(task, y)
+        check_route_values(task, len(tasks))
+        if tuple(mask.shape) != (y.shape[0],):
+            raise ValueError(f"mask: expected shape [{y.shape[0]}], one per row of the labels, got {list(mask.shape)}.")
+        y = y.to(torch.int64)  # not every type can hold what stands for "missing"
+        absent = [missing_value(one, torch.int64) for one in tasks]
+        numbers = torch.tensor([MISSING if v is None else v for v in absent], dtype=y.dtype, device=y.device)[task]
+        one = y.dim() == 1
+        return torch.where(mask if one else mask.unsqueeze(1), y, numbers if one else numbers.unsqueeze(1))
+
     def _loss_of_one(self, data: Data, y: Any, mask: Mask, name: str, gramian: bool) -> TaskLosses:
         """``y``: labels of this task alone; those of the data may be of all tasks."""
         heads, task = self.heads, self.heads.tasks[name]
@@ -251,6 +267,10 @@ class MultiTaskModel(nn.Module):
             count = len(heads.tasks)
             if isinstance(y, Tensor) and y.dim() == 2 and y.shape[1] == count > 1 and label_columns(task) == 1:
                 y = y[:, heads.layout.names.index(name)]
+        for argument, given in (("y", y), ("mask", mask)):
+            if isinstance(given, Mapping):
+                for key in given:
+                    heads.layout.name(key, argument)
         if isinstance(y, Mapping):
             y = y.get(name)
         if y is None:
@@ -269,7 +289,5 @@ class MultiTaskModel(nn.Module):
         if isinstance(mask, Mapping):
             raise TypeError("mask: expected a bool tensor or the name of a field, since task is a tensor, got a dict.")
         if mask is not None and isinstance(y, Tensor):
-            # Whatever stands for "missing" in the labels of a task: NaN does in those of all.
-            own = y if y.dtype in FLOATING else y.to(torch.float64)
-            y = outside_missing(next(iter(self.heads.tasks.values())), own, mask_of(mask, data, "data", "mask"), "mask")
+            y = self._outside_missing(y, task, mask_of(mask, data, "data", "mask"))
         return self.heads.loss(self._embedding(level, self._trunk(data, None), data), y, task=task, gramian=gramian)

@@ -57,6 +57,9 @@ def labels_by_level(
                 f"y: expected a dict from task to labels, since tasks have the levels {' and '.join(levels)}, "
                 f"got a tensor."
             )
+        # Several columns of one task alone; a column for each task is a matrix.
+        if isinstance(own, Tensor) and own.dim() == 2 and own.shape[1] > 1 and len(names) == 1:
+            own = {names[0]: own}
         if own is None:
             field = "edge_label" if level == "edge" else "y"
             raise ValueError(

@@ -123,11 +123,14 @@ def _merged(field: str, values: dict[str, Tensor], parts: Mapping[str, Data], no
                 f"data[{name!r}].{field}: expected shape {_pattern(first, dim)}, as data[{first_name!r}] has, "
                 f"got {list(value.shape)}."
             )
+    _check_lengths(
+        field, {name: value.shape[dim] if value.dim() else 1 for name, value in values.items()}, parts, nodes
+    )
     # EdgeIndex knows a size and an order, which a union does not have.
     plain = [value.as_subclass(Tensor) for value in values.values()]
     joined = plain[0] if len(plain) == 1 else torch.cat(plain, dim=dim)
     if "index" not in field:
-        return joined
+        return _counted_on(field, plain, joined, dim, parts)
     if joined.dim() != 2 or joined.shape[0] != 2 or joined.dtype != torch.int64:
         raise ValueError(
             f"data[{first_name!r}].{field}: expected an int64 tensor [2, E], "
@@ -141,6 +144,35 @@ def _merged(field: str, values: dict[str, Tensor], parts: Mapping[str, Data], no
         begin += value.shape[1]
         offset += count
     return joined
+
+
+def _check_lengths(field: str, sizes: dict[str, int], parts: Mapping[str, Data], nodes: dict[str, int]) -> None:
+    """Entries of one graph must not become those of the next."""
+    edges = {
+        name: data.edge_index.shape[1] for name, data in parts.items() if isinstance(data.edge_index, Tensor)
+    }  # fmt: skip
+    of_edges = field.startswith("edge_") and "index" not in field and not field.startswith("edge_label")
+    if of_edges and len(edges) == len(parts):
+        wanted, what = edges, "edge"
+    elif field in ("pos", "z") or sum(sizes.values()) == sum(nodes.values()):
+        wanted, what = nodes, "node"
+    else:
+        return
+    for name, size in sizes.items():
+        if size != wanted[name]:
+            raise ValueError(f"data[{name!r}].{field}: expected {wanted[name]} entries, one per {what}, got {size}.")
+
+
+def _counted_on(field: str, plain: list[Tensor], joined: Tensor, dim: int, parts: Mapping[str, Data]) -> Tensor:
+    """Fields that point to something count on from graph to graph, as the data says (``Data.__inc__``)."""
+    steps = [data.__inc__(field, value) for data, value in zip(parts.values(), plain, strict=True)]
+    if all(isinstance(step, int) and step == 0 for step in steps):
+        return joined
+    moved, offset = [], 0
+    for value, step in zip(plain, steps, strict=True):
+        moved.append(value + offset)
+        offset = offset + step
+    return torch.cat(moved, dim=dim)
 
 
 def _check_ends(field: str, values: dict[str, Tensor], nodes: dict[str, int]) -> None:

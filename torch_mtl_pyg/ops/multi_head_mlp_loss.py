@@ -22,7 +22,7 @@ from ..task import TaskLayout
 from . import reference_mlp
 from ._aggregate import again, differentiable
 from ._checks import check_route_values, check_same
-from ._dispatch import LIBRARY, autocast_to
+from ._dispatch import LIBRARY, autocast_to, transformed
 from .loss_table import loss_table, total_weight
 from .multi_head_loss import Labels, Losses, filled, task_weights
 from .multi_head_mlp import any_needed, packed, prepare, recorded, split_parameters
@@ -299,7 +299,7 @@ def _reference(
     gramian: bool,
     outside: Sequence[Tensor],
 ) -> Losses:
-    if not torch.compiler.is_compiling() and x.device.type != "meta":
+    if not torch.compiler.is_compiling() and x.device.type != "meta" and not transformed():
         _explain(labels, layout, route)
     per_task, count = reference_mlp.multi_head_mlp_loss(x, weights, biases, labels, layout, hidden, route)
     total = (per_task * total_weight(layout, per_task)).sum()

@@ -7,11 +7,14 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.nn import functional as F
 
 from ..labels import check_values, label_columns, labelled
 from ..task import TaskLayout
 from . import reference
+from ._checks import has_values
+from ._dispatch import transformed
 
 # In the order of csrc/common/heads.h.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -97,7 +100,8 @@ def multi_head_mlp_loss(
         if not isinstance(task.loss, str):
             continue
         own = own_labels(y, layout, index)[rows]
-        check_values(name, task, own)
+        if not transformed():
+            check_values(name, task, own)
         loss, counts[index] = reference.task_loss(task, out[rows][:, : task.out_channels], own)
         losses[index] = loss + zero
     return torch.stack(losses), torch.stack(counts)
@@ -117,15 +121,17 @@ def gramian(
     ``outside``: gradients at the logits of the tasks with a callable, in order.
     """
     x, weights, biases = x.detach(), [w.detach() for w in weights], [b.detach() for b in biases]
-    first = _first(x, weights, biases).requires_grad_()
-    logits = reference.wide(_behind_first(first, x.shape[0], weights, biases, layout, hidden))
-    losses, _ = reference.losses_of(logits, labels, layout)
-    total = losses.sum()
-    callables = iter(outside)
-    for name, task in layout.tasks.items():
-        if callable(task.loss) and outside:
-            total = total + (logits[:, layout.slices[name]] * next(callables)).sum()
-    (at_first,) = torch.autograd.grad(total, first)
+    # What is differentiated here lies outside of a transform around the call.
+    with temporarily_clear_interpreter_stack(), torch.inference_mode(False), torch.enable_grad():
+        first = _first(x, weights, biases).clone().requires_grad_()
+        logits = reference.wide(_behind_first(first, x.shape[0], weights, biases, layout, hidden))
+        losses, _ = reference.losses_of(logits, labels, layout)
+        total = losses.sum()
+        callables = iter(outside)
+        for name, task in layout.tasks.items():
+            if callable(task.loss) and outside:
+                total = total + (logits[:, layout.slices[name]] * next(callables)).sum()
+        (at_first,) = torch.autograd.grad(total, first)
     widths = [weights[0].shape[0] // len(layout.names)] * len(layout.names) if len(weights) > 1 else layout.widths
     return reference.gramian(reference.wide(at_first), reference.wide(weights[0]), widths)
 
@@ -195,8 +201,6 @@ def _shift(v: Tensor, bits: int) -> Tensor:
 
 
 def _has_values(route: Tensor) -> bool:
-    from ._checks import has_values
-
     return not torch.compiler.is_compiling() and has_values(route)
 
 
@@ -210,7 +214,7 @@ def _act(h: Tensor, rows: Tensor | None, tasks: int, layer: int, hidden: Hidden,
     if hidden.dropout == 0.0:
         return h
     assert hidden.seed is not None
-    seed = hidden.seed if first_task == 0 else hidden.seed + torch.tensor([0, first_task])
+    seed = hidden.seed if first_task == 0 else hidden.seed + torch.tensor([0, first_task], device="cpu")
     rows = torch.arange(h.shape[0], device=h.device) if rows is None else rows
     kept = keep_mask(seed, rows, tasks, h.shape[1] // tasks if tasks else 0, layer, hidden.dropout)
     scale = 0.0 if hidden.dropout == 1.0 else 1.0 / (1.0 - hidden.dropout)
