@@ -83,7 +83,7 @@ def test_fields_stay_with_their_graph() -> None:
     edges = torch.tensor([[0, 1], [1, 0]])
     weights = {
         n: Data(x=torch.zeros(2, 4), edge_index=edges, edge_weight=torch.ones(c)) for n, c in (("a", 3), ("b", 1))
-    }  # noqa: E501
+    }
     with pytest.raises(ValueError, match=r"data\['a'\]\.edge_weight: expected 2 entries, one per edge, got 3"):
         mtl.MultiTaskModel(GCN(4, 4, 1), heads)(weights)
     model = mtl.MultiTaskModel(WithPairs(), heads)
