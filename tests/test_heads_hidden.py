@@ -93,7 +93,7 @@ def test_initial_values_are_those_of_linear() -> None:
         for name in heads.layer_names(layer):
             bound = inputs**-0.5
             p = getattr(heads, name)
-            assert p.abs().max() <= bound and float(p.detach().std()) == pytest.approx(bound / 3**0.5, rel=0.05)
+            assert p.abs().max() <= bound and float(p.detach().std()) == pytest.approx(bound / 3**0.5, rel=0.15)
     before = [p.clone() for p in heads.parameters()]
     heads.reset_parameters()
     assert not any(torch.equal(a, b) for a, b in zip(before, heads.parameters(), strict=True))
