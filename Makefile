@@ -61,6 +61,8 @@ format: $(VENV)/.lint-$(TORCH)
 bench: $(VENV)/.test-$(TORCH)
 	$(BIN)/python benchmarks/bench_heads.py
 	$(BIN)/python benchmarks/bench_loss.py
+	$(BIN)/python benchmarks/bench_mlp.py
+	$(BIN)/python benchmarks/bench_routed.py
 	$(BIN)/python benchmarks/bench_balancing.py
 	$(BIN)/python benchmarks/bench_group_edges.py
 	$(BIN)/python benchmarks/bench_conv.py

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
 import math
 import os
@@ -72,6 +74,41 @@ def matrix_rate(dtype: torch.dtype, n: int = 1536) -> float:
     """GFLOP/s of PyTorch's own product of two large square matrices: the machine's practical limit."""
     a, b = torch.randn(n, n).to(dtype), torch.randn(n, n).to(dtype)
     return 2 * n**3 / time_side_by_side({"mm": lambda: a @ b}, rounds=5)["mm"] / 1e6
+
+
+def copy_rate(size: int = 1 << 28) -> float:
+    """GB/s, read and written, of copying a large tensor of ``size`` bytes: what memory gives."""
+    large = torch.randn(size // 4)
+    copy = torch.empty_like(large)
+    return 2 * size / time_side_by_side({"copy": lambda: copy.copy_(large)}, rounds=5)["copy"] / 1e6
+
+
+def multiply_add_rate(dtype: torch.dtype, seconds: float = 0.1) -> float:
+    """GFLOP/s of our register tile on data in the first-level cache: the multiply-adds that this machine has."""
+    like = torch.empty(1, dtype=dtype)
+    return statistics.median(torch.ops.torch_mtl_pyg.multiply_add_rate(like, seconds) for _ in range(3))
+
+
+def peak_memory(function: Callable[[], object]) -> float | None:
+    """MiB by which a call raises the memory of this process; None where the system does not tell.
+
+    The call is made once before. Memory that was freed is given back first, so that it counts when it is used again.
+    """
+
+    def kilobytes(name: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(name))
+
+    function()
+    gc.collect()
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+        before = kilobytes("VmRSS")
+        function()
+        return max(0, kilobytes("VmHWM") - before) / 1024
+    except (OSError, AttributeError, StopIteration):
+        return None
 
 
 def machine() -> str:
