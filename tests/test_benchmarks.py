@@ -1,4 +1,4 @@
-"""The benchmarks that have a --quick run: all peers agree with float64, and the table is printed. No figure is tested."""
+"""The benchmarks of heads run, and their peers agree with float64. No figure is tested."""
 
 from __future__ import annotations
 
