@@ -46,6 +46,7 @@ import torch_mtl_pyg as mtl
 # Name, rows, embedding, tasks, classes of each, hidden layers.
 Shape = tuple[str, int, int, int, int, list[int]]
 SHAPES: list[Shape] = [
+    ("small", 128, 64, 12, 2, [16]),
     ("tox21", 512, 256, 12, 2, [64]),
     ("rows4k", 4096, 128, 12, 2, [64]),
     ("rows100k", 100_000, 128, 12, 2, [64]),

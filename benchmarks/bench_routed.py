@@ -6,7 +6,7 @@ A step is forward, cross-entropy (mean over the rows), and the gradients of x an
 checked against float64. Peers:
 
 - ``hetero``: PyG's ``HeteroLinear`` of the widest head's width, which sorts the rows by type;
-- ``masks``: a ``ModuleList``, and a loop over tasks with boolean masks;
+- ``masks``: a ``ModuleList``, and a loop over tasks with boolean masks (not where a step of it takes many seconds);
 - ``gather``: each row's own weight, ``weight[task]``, and ``baddbmm`` (not where that needs more than 8 GB);
 - ``sort``: rows sorted by task, a ``Linear`` on each task's run of rows, and back;
 - ``hetero+c``, ``masks+c``, ``gather+c``, ``sort+c``: the same under ``torch.compile``, where it compiles.
@@ -40,6 +40,7 @@ from torch_geometric.nn import HeteroLinear
 import torch_mtl_pyg as mtl
 
 MOST_BYTES = 8e9
+MOST_MASKED = 3e8  # rows times tasks
 MOST_UNROLLED = 64  # compiling more tasks than this one by one takes minutes
 
 
@@ -253,6 +254,8 @@ def models(case: Case, task: Tensor) -> dict[str, Any]:
     found: dict[str, Any] = {name: peer(case) for name, peer in PEERS.items()}
     if 2 * found["gather"].bytes() > MOST_BYTES:
         del found["gather"]
+    if case.rows * case.tasks > MOST_MASKED:
+        del found["masks"]
     with torch.no_grad():
         for layer, (a, b) in enumerate(found["ours"].sizes):
             weight, bias = torch.randn(case.tasks, a, b) / a**0.5, torch.randn(case.tasks, b)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch_geometric
+from torch_geometric.datasets import MoleculeNet
 from tqdm import tqdm
 
 from torch_mtl_pyg import backend_info
@@ -51,7 +52,8 @@ class MoleculeSet:
 def parser(of: MoleculeSet) -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(description=f"Multi-task GINE on {of.title}.")
-    p.add_argument("--root", type=Path, required=True, help=f"folder that holds {of.name}/{of.name}.npz")
+    also = ", or PyG's MoleculeNet" if of.name in MoleculeNet.names else ""
+    p.add_argument("--root", type=Path, required=True, help=f"folder that holds {of.name}/{of.name}.npz{also}")
     p.add_argument("--split", choices=SPLITS, default="random", help="molecules at random, or by scaffold")
     p.add_argument(
         "--balancing",

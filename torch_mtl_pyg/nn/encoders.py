@@ -130,8 +130,10 @@ class MultiTaskEncoders(nn.Module):
         """
         present = self._present(x)
         places = [t for t, name in enumerate(self.layout.names) if name in x]
-        for t, name in zip(places, present, strict=True):
-            self._check(t, f"x[{name!r}]", x[name])
+        for t, name in zip(places, present, strict=True):  # here, where the messages know the names
+            own = x[name]
+            if not isinstance(own, Tensor) or own.dim() != 2 or own.shape[1] != self.layout.widths[t]:
+                self._check(t, f"x[{name!r}]", own)
         bias: Tensor | None = self.bias
         if bias is not None and len(places) < len(self.layout.names):
             bias = bias[places]

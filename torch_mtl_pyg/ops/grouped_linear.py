@@ -26,7 +26,7 @@ from torch import Tensor
 
 from . import reference
 from ._aggregate import again, differentiable
-from ._checks import check_floating, check_same
+from ._checks import DTYPES, check_floating, check_same
 from ._dispatch import LIBRARY, autocast_to, autocasts, runs_fused, transformed
 
 _NAME = "torch_mtl_pyg::grouped_linear"
@@ -56,13 +56,9 @@ def grouped_linear(xs: Sequence[Tensor], weights: Sequence[Tensor], bias: Tensor
         raise ValueError("weights: expected at least one group, got none.")
     if len(xs) != len(weights):
         raise ValueError(f"xs: expected {len(weights)} groups, as many as weights, got {len(xs)}.")
-    for t, (x, weight) in enumerate(zip(xs, weights, strict=True)):
-        check_floating(f"weights[{t}]", weight, 2, "[C, F_t]")
-        check_floating(f"xs[{t}]", x, 2, "[N_t, {}]", weight, 1)
-        if weight.shape[0] != weights[0].shape[0]:
-            raise ValueError(
-                f"weights[{t}]: expected {weights[0].shape[0]} rows, as weights[0] has, got shape {list(weight.shape)}."
-            )
+    fits = not torch.compiler.is_compiling() and _fit(xs, weights)
+    if not fits:
+        _check_shapes(xs, weights)
     if bias is not None:
         check_floating("bias", bias, 2, "[T, {}]", weights[0], 0)
         if bias.shape[0] != len(weights):
@@ -71,9 +67,10 @@ def grouped_linear(xs: Sequence[Tensor], weights: Sequence[Tensor], bias: Tensor
     if autocasts(device):
         xs, weights = autocast_to(device, *xs), autocast_to(device, *weights)  # type: ignore[assignment]
         (bias,) = autocast_to(device, bias)
-    for t, (x, weight) in enumerate(zip(xs, weights, strict=True)):
-        check_same(f"xs[{t}]", x, f"weights[{t}]", weight)
-        check_same(f"weights[{t}]", weight, "weights[0]", weights[0])
+    if not fits:
+        for t, (x, weight) in enumerate(zip(xs, weights, strict=True)):
+            check_same(f"xs[{t}]", x, f"weights[{t}]", weight)
+            check_same(f"weights[{t}]", weight, "weights[0]", weights[0])
     if bias is not None:
         check_same("bias", bias, "weights[0]", weights[0])
     if not runs_fused(device) or transformed():
@@ -107,6 +104,38 @@ def _sequence(name: str, value: object, shape: str) -> Sequence[Tensor]:
     if isinstance(value, Tensor) or not isinstance(value, Sequence):
         raise TypeError(f"{name}: expected a sequence of tensors {shape}, got {type(value).__name__}.")
     return value
+
+
+def _fit(xs: Sequence[Tensor], weights: Sequence[Tensor]) -> bool:
+    """Whether all is well, found out fast; if not, the checks say what is wrong."""
+    first = weights[0]
+    if not isinstance(first, Tensor) or first.dim() != 2:
+        return False
+    rows, dtype, device = first.shape[0], first.dtype, first.device
+    if dtype not in DTYPES:
+        return False
+    for x, weight in zip(xs, weights, strict=True):
+        if not isinstance(x, Tensor) or not isinstance(weight, Tensor) or x.dim() != 2 or weight.dim() != 2:
+            return False
+        if x.dtype is not dtype or weight.dtype is not dtype or weight.shape != (rows, x.shape[1]):
+            return False
+        if x.device != device or weight.device != device or not (_is_strided(x) and _is_strided(weight)):
+            return False
+    return True
+
+
+def _is_strided(t: Tensor) -> bool:
+    return t.layout is torch.strided
+
+
+def _check_shapes(xs: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
+    for t, (x, weight) in enumerate(zip(xs, weights, strict=True)):
+        check_floating(f"weights[{t}]", weight, 2, "[C, F_t]")
+        check_floating(f"xs[{t}]", x, 2, "[N_t, {}]", weight, 1)
+        if weight.shape[0] != weights[0].shape[0]:
+            raise ValueError(
+                f"weights[{t}]: expected {weights[0].shape[0]} rows, as weights[0] has, got shape {list(weight.shape)}."
+            )
 
 
 def _forward(xs: Sequence[Tensor], weights: Sequence[Tensor], bias: Tensor | None) -> Tensor:
