@@ -66,8 +66,6 @@ bench: $(VENV)/.test-$(TORCH)
 	$(BIN)/python benchmarks/bench_balancing.py
 	$(BIN)/python benchmarks/bench_group_edges.py
 	$(BIN)/python benchmarks/bench_conv.py
-	$(BIN)/python benchmarks/bench_routed.py
-	$(BIN)/python benchmarks/bench_mlp.py
 
 # The snippets of README.md and docs/ run as tests.
 docs: $(VENV)/.test-$(TORCH)
