@@ -17,7 +17,15 @@ import torch
 from conftest import ISAS, require_fused
 
 OPS = [
-    str(Path(__file__).parent / f"test_{op}.py") for op in ("multi_head_linear", "multi_head_loss", "aggregate_kernels")
+    str(Path(__file__).parent / f"test_{name}.py")
+    for name in (
+        "multi_head_linear",
+        "multi_head_loss",
+        "multi_head_mlp",
+        "multi_head_mlp_loss",
+        "dropout",
+        "aggregate_kernels",
+    )
 ]
 
 
