@@ -43,9 +43,12 @@ mimo: $(VENV)/.demo-$(TORCH)
 test: $(VENV)/.test-$(TORCH)
 	$(BIN)/python -m pytest
 
-# The same tests with torch_scatter installed, which PyG then uses for its own scatter and segment.
+# Tests in which PyG scatters or aggregates, with torch_scatter installed, which it then uses for that.
+SCATTER_TESTS := $(wildcard $(foreach name,adjacency aggregate conv* cora_tasks demo heads loader mimo_example model* qm8 \
+  shared_representation tox21 toxcast,tests/test_$(name).py))
+
 test-scatter: $(VENV)/.scatter-$(TORCH)
-	$(BIN)/python -m pytest --ignore tests/test_packaging.py --ignore tests/test_extension.py --ignore tests/test_build.py
+	$(BIN)/python -m pytest $(SCATTER_TESTS)
 
 lint: $(VENV)/.lint-$(TORCH)
 	$(BIN)/ruff check .
