@@ -62,7 +62,7 @@ COMMON: list[tuple[str, str, Any]] = [
     ("x", "x: expected", lambda x: x[0]),
     ("x", "weights: .*size of dimension 1|weights: expected", lambda x: x[:, :3]),
     ("x", "weights: expected|grads: expected", lambda x: x.double()),
-    ("weights", "weights: expected at least one layer", lambda w: []),
+    ("weights", "weights: expected 1 to 63 layers", lambda w: []),
     ("weights", "weights: expected as many rows for each task in layer 0", lambda w: with_(w, 0, lambda t: t[:14])),
     ("weights", "weights: expected as many rows for each task in layer 0", lambda w: with_(w, 0, lambda t: t[:0])),
     ("weights", "weights: size of dimension 1", lambda w: with_(w, 1, lambda t: t[:, :2])),
