@@ -165,7 +165,7 @@ void Run::all() {
     tile_rows = std::clamp<int64_t>((256 << 10) / std::max<int64_t>(1, acc() * groups * x.cols), 8, tile_rows);
   // A slice costs sums of its own, written and read once.
   const int64_t sums = numbers + (wanted.gramian ? count() * count() : 0);
-  const int64_t wished = std::min(n / (sums > 65536 ? 192 : 128), std::max<int64_t>(16, n / 1024));
+  const int64_t wished = std::min(n / (sums > 65536 ? 192 : 64), std::max<int64_t>(16, n / 1024));
   int64_t slices = std::clamp<int64_t>(wished, 1, 32);
   slices = std::clamp<int64_t>((int64_t(1) << 24) / std::max<int64_t>(1, sums), 1, slices);
   if (slices > 1 && slices % 2) --slices;  // few threads get equal shares

@@ -84,7 +84,7 @@ def multi_head_loss(
             results = _call_op(x, weight, bias, targets, layout, gramian, outside)
             return results[0], results[1], results[2], results[3] if gramian else None
     try:
-        targets = _targets(y, layout, x)
+        targets = targets_of(y, layout, x)
         if records(x, weight, bias):
             # Each output of a Function costs microseconds: those without a derivative come by a list.
             others: list[Tensor] = []
@@ -133,7 +133,7 @@ def _is_plain_call(x: Any, weight: Any, bias: Any) -> bool:
 # ---- Labels.
 
 
-def _targets(y: Labels, layout: TaskLayout, x: Tensor) -> list[Tensor]:
+def targets_of(y: Labels, layout: TaskLayout, x: Tensor) -> list[Tensor]:
     """Labels as the op takes them: one matrix, or one tensor per task. The op itself checks shapes, dtypes, values."""
     if isinstance(y, Tensor):
         if len(layout.names) > 1 and y.is_cpu and not y.requires_grad:

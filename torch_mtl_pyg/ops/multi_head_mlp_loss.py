@@ -24,7 +24,7 @@ from ._aggregate import again, differentiable
 from ._checks import check_route_values, check_same
 from ._dispatch import LIBRARY, autocast_to, transformed
 from .loss_table import loss_table, total_weight
-from .multi_head_loss import Labels, Losses, filled, task_weights
+from .multi_head_loss import Labels, Losses, targets_of, task_weights
 from .multi_head_mlp import any_needed, packed, prepare, recorded, split_parameters
 from .reference_mlp import Hidden
 
@@ -63,14 +63,14 @@ def multi_head_mlp_loss(
         TypeError, ValueError, IndexError, RuntimeError: As the functions named above.
     """
     x, weights, biases, fused = prepare(x, weights, biases, layout, route)
-    parts = [y] if route is not None else split_labels(y, layout, x)
     if route is not None:
         check_routed_labels(y, x, layout)
-    assert all(part is None or isinstance(part, Tensor) for part in parts)
-    labels: list[Tensor | None] = parts  # type: ignore[assignment]
     if not fused:
-        return _reference(x, weights, biases, labels, layout, hidden, route, gramian, outside)
-    targets = [*filled(labels, x)]
+        parts = [y] if route is not None else split_labels(y, layout, x)
+        return _reference(x, weights, biases, parts, layout, hidden, route, gramian, outside)  # type: ignore[arg-type]
+    if torch.compiler.is_compiling() and route is None:
+        split_labels(y, layout, x)  # there the op cannot explain what it refuses
+    targets: list[Tensor] = [y] if route is not None else targets_of(y, layout, x)  # type: ignore[list-item]
     if torch.compiler.is_compiling() or x.device.type != "cpu":
         ready = recorded(x, weights, biases) and not gramian and x.dtype != torch.float16
         table = loss_table(layout, bool(outside))
@@ -104,7 +104,7 @@ def multi_head_mlp_loss(
             gramian,
         )
     except RuntimeError:
-        _explain(labels, layout, route)
+        _explain([y] if route is not None else split_labels(y, layout, x), layout, route)  # type: ignore[list-item]
         raise
     return results[0], results[1], results[2], results[3] if gramian else None
 
@@ -247,7 +247,9 @@ class _MultiHeadMLPLoss(torch.autograd.Function):
         need_x, need = ctx.needs_input_grad[7], ctx.needs_input_grad[9:]
         layout, weights, biases = ctx.layout, parameters[: ctx.depth], parameters[ctx.depth :]
         if differentiable((of_per_task, of_total)):
-            labels = [None if t.dim() == 3 else t for t in targets]
+            labels: list[Tensor | None] = [None if t.dim() == 3 else t for t in targets]
+            if route is None and len(targets) < len(layout.names):
+                labels = list(targets[0].unbind(1))
 
             def run_again(x: Tensor, *parameters: Tensor) -> Tensor:
                 first, second = parameters[: ctx.depth], parameters[ctx.depth :]
