@@ -15,12 +15,12 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-# Every csrc/**/*.cpp outside csrc/cuda/ is compiled. A file named *_<isa>.cpp gets the flags of that instruction set;
-# on a CPU other than x86-64 only the files of the first row and those without a suffix are compiled. Instruction sets
+# Every csrc/**/*.cpp is compiled, and with CUDA every csrc/cuda/*.cu by nvcc. A file named *_<isa>.cpp gets the flags
+# of that instruction set; on a CPU other than x86-64 only the files of the first row and those without a suffix are compiled. Instruction sets
 # are in rising order, which is also the link order (see `sources`).
 ISA_FLAGS: dict[str, tuple[str, ...]] = {
     "baseline": (),
@@ -53,6 +53,20 @@ LINK_FLAGS: dict[str, tuple[str, ...]] = {
     "darwin": ("-dynamiclib", "-undefined", "dynamic_lookup"),
 }
 LINK_LIBRARIES: tuple[str, ...] = ("-ltorch", "-ltorch_cpu", "-lc10")
+# Devices of compute capability 8.0 and 9.0, and what the driver compiles for later ones.
+CUDA_FLAGS: tuple[str, ...] = (
+    "-O3",
+    "-std=c++17",
+    "--expt-relaxed-constexpr",
+    "-gencode=arch=compute_80,code=sm_80",
+    "-gencode=arch=compute_90,code=[sm_90,compute_90]",
+    "-Xcompiler=-fPIC,-fvisibility=hidden",
+    "-DTORCH_TARGET_VERSION=0x020a000000000000",
+    "-DNDEBUG",
+)
+# The CUDA runtime within the library: where torch has none, nothing is missing when it is loaded.
+CUDA_LIBRARIES: tuple[str, ...] = ("-lcudart_static", "-ldl", "-lrt", "-lpthread")
+EMULATED_CUDA_FLAGS: tuple[str, ...] = ("-DMTL_EMULATE_CUDA", "-Wno-unknown-pragmas", "-pthread")
 SOURCE_SUFFIXES: tuple[str, ...] = (".cpp", ".h", ".cu", ".cuh")
 
 _EMULATED_ISAS = ("avx512", "avx512_bf16")
@@ -86,6 +100,7 @@ class Torch:
     cxx11_abi: bool
     include: tuple[Path, ...]
     lib: Path
+    cuda: str | None = None
 
 
 @dataclass(frozen=True)
@@ -105,15 +120,48 @@ def torch_settings() -> Torch:
 
     root = Path(torch.__path__[0])
     include = (root / "include", root / "include" / "torch" / "csrc" / "api" / "include")
-    return Torch(torch.__version__, torch.compiled_with_cxx11_abi(), include, root / "lib")
+    return Torch(torch.__version__, torch.compiled_with_cxx11_abi(), include, root / "lib", torch.version.cuda)
+
+
+def emulation() -> str:
+    """What is compiled to run without its hardware (``TORCH_MTL_PYG_EMULATE``, for developers' tests).
+
+    ``"1"``: the wide kernels, for AVX2. ``"cuda"``: the CUDA kernels, for the CPU, in the place of the CPU's own.
+    ``""``: nothing.
+    """
+    value = os.environ.get("TORCH_MTL_PYG_EMULATE", "")
+    if value not in ("", "0", "1", "cuda"):
+        raise BuildError(f"TORCH_MTL_PYG_EMULATE: expected 0, 1 or cuda, got {value!r}.")
+    return "" if value == "0" else value
 
 
 def emulated() -> bool:
-    """Whether the wide kernels are compiled for AVX2 (``TORCH_MTL_PYG_EMULATE=1``, for developers' tests)."""
-    value = os.environ.get("TORCH_MTL_PYG_EMULATE", "")
+    """Whether the wide kernels are compiled for AVX2."""
+    return emulation() == "1"
+
+
+def find_nvcc(torch: Torch) -> Compiler | None:
+    """Finds nvcc, if CUDA kernels are to be compiled; None if not. Starts no process.
+
+    They are where torch is a build for CUDA and nvcc is there. ``TORCH_MTL_PYG_CUDA=1`` asks for them in any case,
+    ``=0`` leaves them out. nvcc is that of ``CUDA_HOME`` or ``CUDA_PATH``, or else that in ``PATH``.
+
+    Raises:
+        BuildError: They were asked for, and there is no nvcc.
+    """
+    value = os.environ.get("TORCH_MTL_PYG_CUDA", "")
     if value not in ("", "0", "1"):
-        raise BuildError(f"TORCH_MTL_PYG_EMULATE: expected 0 or 1, got {value!r}.")
-    return value == "1"
+        raise BuildError(f"TORCH_MTL_PYG_CUDA: expected 0 or 1, got {value!r}.")
+    if value == "0" or emulation() or (value == "" and torch.cuda is None):
+        return None
+    homes = [os.environ.get(name, "") for name in ("CUDA_HOME", "CUDA_PATH")]
+    for program in [*(os.path.join(home, "bin", "nvcc") for home in homes if home), "nvcc"]:
+        if found := shutil.which(program):
+            command = (os.path.realpath(found),)
+            return Compiler(command, _identity(command))
+    if value == "1":
+        raise BuildError("TORCH_MTL_PYG_CUDA=1, but nvcc was not found in CUDA_HOME, CUDA_PATH or PATH.")
+    return None
 
 
 def user_flags() -> tuple[str, ...]:
@@ -157,7 +205,11 @@ def find_ninja() -> str:
 
 def source_hash(csrc: Path) -> str:
     """Hash of all that determines the library apart from torch and the compiler: sources, flags, emulation."""
-    digest = hashlib.sha256(repr((ISA_FLAGS, COMMON_FLAGS, LINK_FLAGS, LINK_LIBRARIES, emulated())).encode())
+    digest = hashlib.sha256(
+        repr(
+            (ISA_FLAGS, COMMON_FLAGS, CUDA_FLAGS, EMULATED_CUDA_FLAGS, LINK_FLAGS, LINK_LIBRARIES, emulation())
+        ).encode()
+    )
     for path in sorted(p for p in csrc.rglob("*") if p.suffix in SOURCE_SUFFIXES):
         content = path.read_bytes()
         digest.update(f"\0{path.relative_to(csrc).as_posix()}\0{len(content)}\0".encode())
@@ -165,15 +217,19 @@ def source_hash(csrc: Path) -> str:
     return digest.hexdigest()
 
 
-def sources(csrc: Path) -> list[Source]:
-    """All files to compile, those with wider instruction sets last.
+def sources(csrc: Path, cuda: bool = False) -> list[Source]:
+    """All files to compile, those with wider instruction sets last, and with ``cuda`` the kernels of CUDA.
+
+    Emulated kernels of CUDA take the place of the CPU's: ``cpu/<op>.cpp`` is left out for ``cuda/<op>.cu``.
 
     Where several objects hold the same inline function, the linker keeps the first one. This order makes that one
     the version which runs on every CPU.
     """
-    found = []
+    kernels = sorted((csrc / "cuda").glob("*.cu")) if cuda or emulation() == "cuda" else []
+    replaced = {csrc / "cpu" / f"{path.stem}.cpp" for path in kernels} if emulation() == "cuda" else set()
+    found = [Source(path, None) for path in kernels]
     for path in sorted(csrc.rglob("*.cpp")):
-        if path.relative_to(csrc).parts[0] != "cuda":
+        if path.relative_to(csrc).parts[0] != "cuda" and path not in replaced:
             found.append(Source(path, _isa_of(path)))
     if not found:
         raise BuildError(f"There is no C++ source file in {csrc}.")
@@ -185,7 +241,7 @@ def build(output: Path, *, csrc: Path, for_this_cpu: bool = False) -> str:
     """Compiles the sources below ``csrc`` into the shared library ``output``.
 
     Works in a temporary folder beside ``output``, which is replaced in one step when all is done: it is never seen
-    half written. Reads ``CXX``, ``CXXFLAGS``, ``MAX_JOBS`` and ``TORCH_MTL_PYG_EMULATE``.
+    half written. Reads ``CXX``, ``CXXFLAGS``, ``MAX_JOBS``, and what `find_nvcc` and `emulation` read.
 
     Args:
         output: The library to write. Its folder must exist.
@@ -203,16 +259,27 @@ def build(output: Path, *, csrc: Path, for_this_cpu: bool = False) -> str:
     if link_flags is None:
         raise BuildError(f"There is no build for the platform {sys.platform!r}, only for Linux and macOS.")
     torch, compiler, ninja = torch_settings(), find_compiler(), find_ninja()
+    nvcc = find_nvcc(torch)
     csrc, output = csrc.resolve(), output.resolve()
     before = source_hash(csrc)
     with tempfile.TemporaryDirectory(prefix="build-", dir=output.parent, ignore_cleanup_errors=True) as name:
         folder = Path(name)
-        chosen, defines = _select(sources(csrc), compiler, folder, foreign_isas() if for_this_cpu else frozenset())
-        flags = [*COMMON_FLAGS, f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.cxx11_abi)}", *defines, f"-I{csrc}"]
+        chosen, defines = _select(
+            sources(csrc, nvcc is not None), compiler, folder, foreign_isas() if for_this_cpu else frozenset()
+        )
+        shared = [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.cxx11_abi)}", *defines, f"-I{csrc}"]
         for path in torch.include:
-            flags += ["-isystem", str(path)]
-        flags += user_flags()
-        text = _ninja_file(chosen, compiler, flags, [*link_flags, f"-L{torch.lib}", *LINK_LIBRARIES])
+            shared += ["-isystem", str(path)]
+        flags = [*COMMON_FLAGS, *shared, *user_flags()]
+        link = [*link_flags, f"-L{torch.lib}", *LINK_LIBRARIES]
+        rules = {
+            ".cpp": [*compiler.command, *flags],
+            ".cu": [*compiler.command, *flags, "-x", "c++", *EMULATED_CUDA_FLAGS],
+        }
+        if nvcc is not None:
+            rules[".cu"] = [*nvcc.command, f"-ccbin={compiler.command[0]}", *CUDA_FLAGS, *shared]
+            link += [f"-L{Path(nvcc.command[0]).parents[1] / 'lib64'}", *CUDA_LIBRARIES]
+        text = _ninja_file(chosen, compiler, rules, link)
         (folder / "build.ninja").write_text(text)
         _run([ninja, *_jobs()], folder, "The C++ sources did not compile.")
         if source_hash(csrc) != before:
@@ -283,21 +350,26 @@ def _select(
     return [source for source in found if source.isa not in missing], defines
 
 
-def _ninja_file(chosen: Sequence[Source], compiler: Compiler, flags: Sequence[str], link: Sequence[str]) -> str:
-    command = _shell(compiler.command)
-    lines = [
-        "rule compile",
-        f"  command = {command} {_shell(flags)} $isa -c $source -o $out",
-        "  description = compile $out",
+def _ninja_file(
+    chosen: Sequence[Source], compiler: Compiler, rules: Mapping[str, Sequence[str]], link: Sequence[str]
+) -> str:
+    lines = []
+    for suffix, command in rules.items():
+        lines += [
+            f"rule compile{suffix}",
+            f"  command = {_shell(command)} $isa -c $source -o $out",
+            "  description = compile $out",
+        ]
+    lines += [
         "rule link",
-        f"  command = {command} $in -o $out {_shell(link)}",
+        f"  command = {_shell(compiler.command)} $in -o $out {_shell(link)}",
         "  description = link $out",
     ]
     objects = [f"{index}_{source.path.stem}.o" for index, source in enumerate(chosen)]
     # The kernels, which take longest, first.
     for name, source in reversed(list(zip(objects, chosen, strict=True))):
         lines += [
-            f"build {_path(name)}: compile {_path(str(source.path))}",
+            f"build {_path(name)}: compile{source.path.suffix} {_path(str(source.path))}",
             f"  source = {_shell([str(source.path)])}",
             f"  isa = {_shell(isa_flags(source.isa) if source.isa else ())}",
         ]

@@ -38,6 +38,11 @@ inline void check_cpu_matrix(const Tensor& t, const char* name, DType type) {
   STD_TORCH_CHECK(dtype_of(t, name) == type, name, ": expected the dtype of x, got another");
 }
 
+// Whether a tensor is on the device of another.
+inline bool beside(const Tensor& t, const Tensor& other) {
+  return t.get_device_index() == other.get_device_index() && t.is_cpu() == other.is_cpu();
+}
+
 inline void check_size(int64_t got, int64_t expected, const char* what) {
   STD_TORCH_CHECK(got == expected, what, ": expected ", expected, ", got ", got);
 }

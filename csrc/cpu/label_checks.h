@@ -48,11 +48,12 @@ inline int64_t label_columns(const TaskSpec& task) {
 }
 
 // The labels of task t in a tensor of its own: [N], [N, 1] or [N, columns].
-inline Labels own_labels(const Tensor& y, const TaskSpec& task, size_t t, int64_t n) {
-  const int64_t columns = label_columns(task);
+inline Labels own_labels(const Tensor& y, const TaskSpec& task, size_t t, const Tensor& x) {
+  const int64_t columns = label_columns(task), n = x.size(0);
   const bool fits =
       (y.dim() == 2 && y.size(0) == n && y.size(1) == columns) || (y.dim() == 1 && y.size(0) == n && columns == 1);
-  STD_TORCH_CHECK(y.is_cpu() && fits, "targets[", t, "]: expected a CPU tensor [", n, ", ", columns, "]");
+  STD_TORCH_CHECK(beside(y, x) && fits, "targets[", t, "]: expected a tensor [", n, ", ", columns,
+                  "] on the device of x");
   return {y.const_data_ptr(), label_type_of(y), y.stride(0), y.dim() == 2 ? y.stride(1) : 0, columns};
 }
 

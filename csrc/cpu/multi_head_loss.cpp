@@ -136,7 +136,7 @@ Results multi_head_loss(const Tensor& x, const Tensor& weight, const std::option
   const Kernels& k = kernels();
   const Matrix xm = matrix(x), w = matrix(weight);
   const int64_t n = xm.rows, d = xm.cols, columns = w.rows, acc = accumulator_bytes(type);
-  const Tasks tasks(integers, reals, targets, n, type);
+  const Tasks tasks(integers, reals, targets, x, type);
   const int64_t count = static_cast<int64_t>(tasks.specs.size());
   check_size(columns, tasks.k, "weight: size of dimension 0");
   STD_TORCH_CHECK(task_weight.is_cpu() && task_weight.dim() == 1 && task_weight.size(0) == count &&

@@ -404,7 +404,7 @@ std::tuple<Tensor, Tensor> multi_head_mlp_backward(const std::vector<Tensor>& gr
                                                    const std::optional<Tensor>& seed, int64_t act, double dropout,
                                                    bool need_x, bool need_parameters) {
   check_cpu_matrix(x, "x", dtype_of(x, "x"));
-  const Tasks tasks(integers, grads, route.has_value(), x.size(0), dtype_of(x, "x"));
+  const Tasks tasks(integers, grads, route.has_value(), x, dtype_of(x, "x"));
   const Layers layers(x, weights, biases, tasks, seed, act, dropout);
   Tensor dx = need_x ? empty(x, {x.size(0), x.size(1)}) : empty(x, {0});
   Tensor flat = empty(x, {need_parameters ? layers.numbers : 0});
@@ -429,8 +429,8 @@ Results multi_head_mlp_loss(const Tensor& x, const std::vector<Tensor>& weights,
   check_cpu_matrix(x, "x", type);
   STD_TORCH_CHECK(!route.has_value() || targets.size() == 1, "targets: expected 1 tensor for routed rows, got ",
                   targets.size());
-  const Tasks tasks = route.has_value() ? Tasks(integers, reals, targets[0], x.size(0))
-                                        : Tasks(integers, reals, targets, x.size(0), type);
+  const Tasks tasks = route.has_value() ? Tasks(integers, reals, targets[0], x)
+                                        : Tasks(integers, reals, targets, x, type);
   const Layers layers(x, weights, biases, tasks, seed, act, dropout);
   const int64_t count = layers.tasks;
   STD_TORCH_CHECK(task_weight.is_cpu() && task_weight.dim() == 1 && task_weight.size(0) == count &&

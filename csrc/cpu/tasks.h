@@ -15,8 +15,8 @@ struct Tasks {
   Labels matrix{};  // its col_stride is 0 where every task has a tensor of its own
 
   // Every row has labels of every task.
-  Tasks(const Tensor& integers, const Tensor& reals, const std::vector<Tensor>& targets, int64_t rows, DType type)
-      : n(rows) {
+  Tasks(const Tensor& integers, const Tensor& reals, const std::vector<Tensor>& targets, const Tensor& x, DType type)
+      : n(x.size(0)) {
     int64_t outside = 0;
     read_specs(integers, &reals);
     for (const TaskSpec& task : specs) outside += task.loss == Loss::kOutside;
@@ -25,24 +25,24 @@ struct Tasks {
     const bool one = given == 1 && count > 1;
     STD_TORCH_CHECK(given == count || one, "targets: expected 1 or ", count, " tensors, got ", given);
     if (one)
-      read_matrix(targets[0]);
+      read_matrix(targets[0], x);
     else
-      read_each(targets);
+      read_each(targets, x);
     auto own = targets.begin() + given;
     for (TaskSpec& task : specs) {
       if (task.loss == Loss::kOutside) {
         STD_TORCH_CHECK(dtype_of(*own, "targets") == type, "targets: expected gradients of the dtype of x");
-        task.labels = own_labels(*own++, task, &task - specs.data(), n);
+        task.labels = own_labels(*own++, task, &task - specs.data(), x);
       }
       find_missing(task);
     }
   }
   // Each row has labels of one task: y is [N] or [N, W], of which a task reads the first columns. Whether there are
   // enough of them is to be checked for the tasks that occur.
-  Tasks(const Tensor& integers, const Tensor& reals, const Tensor& y, int64_t rows) : n(rows) {
+  Tasks(const Tensor& integers, const Tensor& reals, const Tensor& y, const Tensor& x) : n(x.size(0)) {
     read_specs(integers, &reals);
-    STD_TORCH_CHECK(y.is_cpu() && (y.dim() == 1 || y.dim() == 2) && y.size(0) == n, "targets: expected a CPU tensor [",
-                    n, "] or [", n, ", W]");
+    STD_TORCH_CHECK(beside(y, x) && (y.dim() == 1 || y.dim() == 2) && y.size(0) == n,
+                    "targets: expected a tensor [", n, "] or [", n, ", W] on the device of x");
     for (TaskSpec& task : specs) {
       STD_TORCH_CHECK(task.loss != Loss::kOutside, "integers: expected no gradients from outside for routed rows");
       if (task.loss == Loss::kNone) continue;
@@ -54,7 +54,8 @@ struct Tasks {
   // Widths alone.
   explicit Tasks(const Tensor& integers) { read_specs(integers, nullptr); }
   // The gradients of all outputs in the place of labels: one matrix, or one for each task.
-  Tasks(const Tensor& integers, const std::vector<Tensor>& grads, bool routed, int64_t rows, DType type) : n(rows) {
+  Tasks(const Tensor& integers, const std::vector<Tensor>& grads, bool routed, const Tensor& x, DType type)
+      : n(x.size(0)) {
     read_specs(integers, nullptr);
     const bool one = grads.size() == 1;
     STD_TORCH_CHECK(one || (grads.size() == specs.size() && !routed), "grads: expected 1 or ", specs.size(),
@@ -62,8 +63,8 @@ struct Tasks {
     int64_t widest = 0;
     for (TaskSpec& task : specs) {
       const Tensor& grad = grads[one ? 0 : &task - specs.data()];
-      STD_TORCH_CHECK(grad.is_cpu() && grad.dim() == 2 && grad.size(0) == n && dtype_of(grad, "grads") == type,
-                      "grads: expected CPU matrices of ", n, " rows and the dtype of x");
+      STD_TORCH_CHECK(beside(grad, x) && grad.dim() == 2 && grad.size(0) == n && dtype_of(grad, "grads") == type,
+                      "grads: expected matrices of ", n, " rows, and the dtype and device of x");
       const int64_t first = one && !routed ? task.begin : 0;
       check_size(grad.size(1) - first - task.width >= 0, true, "grads: whether they have the columns of all tasks");
       task.loss = Loss::kOutside;
@@ -110,10 +111,10 @@ struct Tasks {
     task.missing = rounded_to(task.labels.type, task.missing);
     task.missing_number = task.loss != Loss::kOutside && has_missing_number(task.loss, task.labels.type);
   }
-  void read_matrix(const Tensor& y) {
+  void read_matrix(const Tensor& y, const Tensor& x) {
     const int64_t count = static_cast<int64_t>(specs.size());
-    STD_TORCH_CHECK(y.is_cpu() && y.dim() == 2 && y.size(0) == n && y.size(1) == count,
-                    "targets: expected a CPU matrix [", n, ", ", count, "]");
+    STD_TORCH_CHECK(beside(y, x) && y.dim() == 2 && y.size(0) == n && y.size(1) == count,
+                    "targets: expected a matrix [", n, ", ", count, "] on the device of x");
     const LabelType type = label_type_of(y);
     matrix = {y.const_data_ptr(), type, y.stride(0), y.stride(1), count};
     const int64_t bytes = type == LabelType::kFloat64 || type == LabelType::kInt64                            ? 8
@@ -127,12 +128,12 @@ struct Tasks {
                          1};
     }
   }
-  void read_each(const std::vector<Tensor>& targets) {
+  void read_each(const std::vector<Tensor>& targets, const Tensor& x) {
     for (size_t t = 0; t < specs.size(); ++t) {
       const Tensor& y = targets[t];
       if (y.dim() == 3 || specs[t].loss == Loss::kOutside) continue;  // no labels
       STD_TORCH_CHECK(specs[t].loss != Loss::kNone, "targets: expected no labels for task ", t, ", which has no loss");
-      specs[t].labels = own_labels(y, specs[t], t, n);
+      specs[t].labels = own_labels(y, specs[t], t, x);
     }
   }
 };

@@ -1,0 +1,24 @@
+// Which products the element types take.
+#pragma once
+
+#include "../common/dtype.h"
+#include "products.cuh"
+
+namespace mtl::cuda {
+
+// f(Engine{}). tf32: whether float32 may be rounded to it.
+template <class F>
+auto with_engine(DType type, bool tf32, F f) {
+  switch (type) {
+    case DType::kFloat64:
+      return f(Exact64{});
+    case DType::kBFloat16:
+      return f(TensorBFloat16{});
+    case DType::kFloat16:
+      return f(TensorFloat16{});
+    default:
+      return tf32 ? f(TensorTf32{}) : f(Exact32{});
+  }
+}
+
+}  // namespace mtl::cuda

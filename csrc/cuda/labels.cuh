@@ -1,0 +1,175 @@
+// Labels: read in whatever type they have, checked, counted, and kept as numbers, NaN for a missing one.
+#pragma once
+
+#include "losses.cuh"
+#include "products.cuh"
+
+namespace mtl::cuda {
+
+// Numbers from the host as a parameter of a launch: no copy that the host would have to wait for, and none that a graph
+// could not capture.
+constexpr int kUploadBytes = 3584;
+struct Upload {
+  uint64_t words[kUploadBytes / 8];
+};
+__global__ void __launch_bounds__(kThreads) upload_kernel(Upload from, int words, uint64_t* to) {
+  for (int i = static_cast<int>(threadIdx.x); i < words; i += kThreads) to[i] = from.words[i];
+}
+
+__device__ inline double label_at(const Labels& y, int64_t r, int64_t c) {
+  const int64_t i = r * y.row_stride + c * y.col_stride;
+  switch (y.type) {
+    case LabelType::kFloat32:
+      return static_cast<const float*>(y.data)[i];
+    case LabelType::kFloat64:
+      return static_cast<const double*>(y.data)[i];
+    case LabelType::kBFloat16:
+      return to_float(static_cast<const BFloat16*>(y.data)[i]);
+    case LabelType::kFloat16:
+      return to_float(static_cast<const Float16*>(y.data)[i]);
+    case LabelType::kInt64:
+      return static_cast<double>(static_cast<const int64_t*>(y.data)[i]);
+    case LabelType::kInt32:
+      return static_cast<const int32_t*>(y.data)[i];
+    case LabelType::kInt16:
+      return static_cast<const int16_t*>(y.data)[i];
+    case LabelType::kInt8:
+      return static_cast<const int8_t*>(y.data)[i];
+    case LabelType::kUInt8:
+      return static_cast<const uint8_t*>(y.data)[i];
+    default:
+      return static_cast<const bool*>(y.data)[i] ? 1.0 : 0.0;
+  }
+}
+
+__device__ inline bool can_have(const DeviceTask& task, double v) {
+  const double largest = 1.7976931348623157e308;
+  switch (task.loss) {
+    case Loss::kNone:
+      return false;
+    case Loss::kCrossEntropy:
+      return v >= 0 && v < static_cast<double>(task.width) && trunc(v) == v;
+    case Loss::kBce:
+      return v >= 0 && v <= 1;
+    case Loss::kPoissonNll:
+      return v >= 0 && v <= largest;
+    default:
+      return v >= -largest && v <= largest;
+  }
+}
+
+// No host waits for a launch, so that a label out of range ends the kernel, as it does in PyTorch's own losses; where the
+// kernel is emulated, the host looks at `wrong`.
+__device__ inline void report_label(int* wrong, int64_t t) {
+  atomicCAS(wrong, 0, static_cast<int>(t) + 1);
+#ifdef __CUDA_ARCH__
+  printf("torch_mtl_pyg: targets: a label that its task cannot have; the backend \"reference\" names it.\n");
+  __trap();
+#endif
+}
+
+// The sum over a block, in an order of its own: the same every time. `shared` has kWarps places.
+template <class T>
+__device__ T block_sum(T v, T* shared) {
+  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+  v = lanes_sum<32>(v);
+  __syncthreads();  // the places may still be read from the sum before
+  if (lane == 0) shared[warp] = v;
+  __syncthreads();
+  T sum = shared[0];
+  for (int w = 1; w < kWarps; ++w) sum += shared[w];
+  return sum;
+}
+
+struct LabelJob {
+  const DeviceTask* tasks;
+  const double* reals;
+  int64_t task_count, n, blocks;  // of kThreads rows
+  long long* counts;              // [tasks, blocks]
+  double* norms;                  // [tasks, blocks]: the weights of a class-weighted task's labels
+  int* wrong;                     // the number of a task with a label it cannot have, plus one; or 0
+};
+
+// blockIdx.x: rows; blockIdx.y: tasks, in steps.
+template <class T>
+__global__ void __launch_bounds__(kThreads) labels_kernel(LabelJob job, T* numbers) {
+  __shared__ long long count_places[kWarps];
+  __shared__ double norm_places[kWarps];
+  const int64_t r = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  for (int64_t t = blockIdx.y; t < job.task_count; t += gridDim.y) {
+    const DeviceTask& task = job.tasks[t];
+    long long count = 0;
+    double norm = 0;
+    if (r < job.n && task.labels.data) {
+      for (int64_t c = 0; c < task.labels.columns; ++c) {
+        double v = label_at(task.labels, r, c);
+        if (task.loss != Loss::kOutside) {
+          const bool missing = v != v || (task.missing_number && v == static_cast<double>(task.missing));
+          if (missing) {
+            v = __longlong_as_double(0x7ff8000000000000ll);
+          } else if (!can_have(task, v)) {
+            report_label(job.wrong, t);
+            v = __longlong_as_double(0x7ff8000000000000ll);  // no class to look up
+          } else {
+            ++count;
+            if (task.loss == Loss::kCrossEntropy && task.numbers >= 0)
+              norm += job.reals[task.numbers + static_cast<int64_t>(v)];
+          }
+        }
+        if (task.counts) numbers[(task.label_row + c) * job.n + r] = static_cast<T>(v);
+      }
+    }
+    count = block_sum(count, count_places);
+    norm = block_sum(norm, norm_places);
+    if (threadIdx.x == 0) {
+      job.counts[t * job.blocks + blockIdx.x] = count;
+      job.norms[t * job.blocks + blockIdx.x] = norm;
+    }
+  }
+}
+
+// What a task's losses are divided by, and the factor of its gradients. A block a task.
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    finish_labels_kernel(LabelJob job, const double* weight, long long* count_out, double* norm_out, T* scale) {
+  __shared__ long long count_places[kWarps];
+  __shared__ double norm_places[kWarps];
+  for (int64_t t = blockIdx.x; t < job.task_count; t += gridDim.x) {
+    const DeviceTask& task = job.tasks[t];
+    long long count = 0;
+    double norm = 0;
+    for (int64_t b = threadIdx.x; b < job.blocks; b += kThreads) {
+      count += job.counts[t * job.blocks + b];
+      norm += job.norms[t * job.blocks + b];
+    }
+    count = block_sum(count, count_places);
+    norm = block_sum(norm, norm_places);
+    if (threadIdx.x == 0) {
+      if (task.loss != Loss::kCrossEntropy || task.numbers < 0) norm = static_cast<double>(count);
+      count_out[t] = count;
+      norm_out[t] = norm;
+      scale[t] = static_cast<T>(task.loss == Loss::kOutside ? 1.0 : norm > 0 ? (weight ? weight[t] : 1.0) / norm : 0.0);
+    }
+  }
+}
+
+// Losses of the tasks and their weighted sum, from the parts of the blocks in order. One block.
+template <class T>
+__global__ void __launch_bounds__(kThreads) finish_losses_kernel(int64_t tasks, const double* parts, int64_t blocks,
+                                                                 int64_t task_step, int64_t block_step,
+                                                                 const double* norm, const double* weight, T* per_task,
+                                                                 T* total, double* means) {
+  for (int64_t t = threadIdx.x; t < tasks; t += kThreads) {
+    double sum = 0;
+    for (int64_t b = 0; b < blocks; ++b) sum += parts[t * task_step + b * block_step];
+    means[t] = norm[t] > 0 ? sum / norm[t] : 0.0;
+    per_task[t] = static_cast<T>(means[t]);
+  }
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  double sum = 0;
+  for (int64_t t = 0; t < tasks; ++t) sum += weight[t] * means[t];
+  *total = static_cast<T>(sum);
+}
+
+}  // namespace mtl::cuda

@@ -1,0 +1,217 @@
+// Losses from logits: in one kernel with the heads and all gradients where those fit a block, else from logits in global
+// memory. The limits are worked out in csrc/README.md.
+#pragma once
+
+#include "gemm.cuh"
+#include "labels.cuh"
+
+namespace mtl::cuda {
+
+template <class Element, class Sum>
+struct LossJob {
+  View<Element> x, weight;
+  const Element* bias;
+  int64_t bias_stride;
+  const DeviceTask* tasks;
+  const double* reals;
+  const Sum *labels, *scale;  // [label columns, N], [tasks]
+  int64_t task_count;
+  Element* dx;         // or null
+  bool need_sums;      // dW and db
+  Sum* weight_parts;   // [blocks, K, D]
+  Sum* bias_parts;     // [blocks, K]
+  double* loss_parts;  // [blocks, tasks]
+};
+
+// ---- Everything of a tile of rows in one block. The weights stay in shared memory, the sums of dW in registers, and
+// the next tile of x is on its way while this one is worked on.
+template <class Engine, int K, int D>
+struct FusedShape {
+  using Element = typename Engine::Element;
+  using Sum = typename Engine::Sum;
+  static constexpr int kRows = 64, kSteps = kRows / 32;
+  static constexpr int kWeightRow = row_of<Element>(D), kGradientRow = row_of<Element>(K);
+  // Where sums and elements are one type, the gradients are multiplied where they lie; else the logits' rows begin in
+  // different banks.
+  static constexpr bool kOne = sizeof(Element) == sizeof(Sum);
+  static constexpr int kLogitRow = kOne ? kGradientRow : K + 1;
+  static constexpr size_t kWeights = sizeof(Element) * K * kWeightRow, kTile = sizeof(Element) * kRows * kWeightRow;
+  static constexpr size_t kLogits = sizeof(Sum) * round_up(kRows * kLogitRow, 4);
+  static constexpr size_t kGradients = kOne ? 0 : sizeof(Element) * kRows * kGradientRow;
+  static constexpr size_t kLosses = sizeof(double) * kSteps * K, kBias = sizeof(Sum) * K;
+  static constexpr size_t kShared = kWeights + 2 * kTile + kLogits + kGradients + kLosses + kBias;
+};
+
+// The losses of a tile, a warp for 32 rows of a task: a row a thread, or a row after the other where the task is wide.
+template <class T>
+__device__ void tile_losses(const DeviceTask* tasks, const double* reals, int64_t task_count, const T* labels,
+                            const T* scale, int64_t n, int64_t row, int steps, T* z, int z_row, bool gradient,
+                            double* losses) {
+  constexpr int64_t kNarrow = 32;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  for (int64_t i = threadIdx.x / 32; i < task_count * steps; i += kWarps) {
+    const int64_t t = i / steps;
+    const int half = static_cast<int>(i % steps);
+    const DeviceTask& task = tasks[t];
+    T sum = T(0);
+    const auto one = [&](int r, auto lanes) {
+      constexpr int kLanes = decltype(lanes)::value;
+      T* const at = z + (half * 32 + r) * z_row + task.begin;
+      const int64_t place = row + half * 32 + r;
+      if (place < n)
+        sum += row_loss<T, kLanes>(task, reals, at, 1, labels + task.label_row * n + place, n, scale[t], gradient,
+                                   kLanes > 1 ? lane : 0);
+      else if (gradient)
+        for (int64_t c = kLanes > 1 ? lane : 0; c < task.width; c += kLanes) at[c] = T(0);
+    };
+    if (task.width <= kNarrow)
+      one(lane, Lanes<1>{});
+    else
+      for (int r = 0; r < 32; ++r) one(r, Lanes<32>{});
+    const double all = lanes_sum<32>(static_cast<double>(sum));
+    if (lane == 0) losses[half * task_count + t] += all;
+  }
+}
+
+template <class Engine, int K, int D>
+__global__ void __launch_bounds__(kThreads, 1)
+    fused_loss_kernel(LossJob<typename Engine::Element, typename Engine::Sum> job) {
+  using Shape = FusedShape<Engine, K, D>;
+  using Element = typename Engine::Element;
+  using Sum = typename Engine::Sum;
+  constexpr int kRows = Shape::kRows;
+  MTL_DYNAMIC_SHARED(unsigned char, memory);
+  Element* const weight = reinterpret_cast<Element*>(memory);
+  Element* const tiles = weight + K * Shape::kWeightRow;
+  Sum* const z = reinterpret_cast<Sum*>(memory + Shape::kWeights + 2 * Shape::kTile);
+  Element* const g = Shape::kOne ? reinterpret_cast<Element*>(z)
+                                 : reinterpret_cast<Element*>(memory + Shape::kWeights + 2 * Shape::kTile + Shape::kLogits);
+  double* const losses =
+      reinterpret_cast<double*>(memory + Shape::kWeights + 2 * Shape::kTile + Shape::kLogits + Shape::kGradients);
+  Sum* const bias = reinterpret_cast<Sum*>(losses + Shape::kSteps * K);
+
+  const int thread = static_cast<int>(threadIdx.x);
+  const int64_t n = job.x.rows, d = job.x.cols, k = job.weight.rows, tile_count = (n + kRows - 1) / kRows;
+  const bool gradient = job.dx || job.need_sums;
+  load_tile(weight, Shape::kWeightRow, job.weight, 0, K, 0, D);
+  for (int i = thread; i < Shape::kSteps * K; i += kThreads) losses[i] = 0;
+  for (int i = thread; i < K; i += kThreads)
+    bias[i] = job.bias && i < k ? converted<Sum>(job.bias[i * job.bias_stride]) : Sum(0);
+  int64_t tile = blockIdx.x;
+  load_tile(tiles, Shape::kWeightRow, job.x, tile * kRows, kRows, 0, D);
+  cp_async_commit();
+
+  Product<Engine, K, D, true, true> weight_sum;
+  weight_sum.clear();
+  Sum bias_sum = Sum(0);
+  const int depth_k = round_up(static_cast<int>(k), kStep), depth_d = round_up(static_cast<int>(d), kStep);
+  for (int at = 0; tile < tile_count; tile += gridDim.x, at ^= 1) {
+    Element* const x = tiles + at * kRows * Shape::kWeightRow;
+    const int64_t row = tile * kRows;
+    cp_async_wait<0>();
+    __syncthreads();  // this tile is here, and nobody reads the one before any more
+    load_tile(tiles + (at ^ 1) * kRows * Shape::kWeightRow, Shape::kWeightRow, job.x, (tile + gridDim.x) * kRows, kRows,
+              0, D);
+    cp_async_commit();
+    {
+      Product<Engine, kRows, K, false, false> logits;
+      logits.clear();
+      logits.add(x, Shape::kWeightRow, weight, Shape::kWeightRow, depth_d);
+      logits.each([&](int r, int c, Sum v) { z[r * Shape::kLogitRow + c] = c < k ? v + bias[c] : Sum(0); });
+    }
+    __syncthreads();
+    tile_losses<Sum>(job.tasks, job.reals, job.task_count, job.labels, job.scale, n, row, Shape::kSteps, z,
+                     Shape::kLogitRow, gradient, losses);
+    if (!gradient) continue;
+    __syncthreads();
+    if constexpr (!Shape::kOne)
+      for (int i = thread; i < kRows * K; i += kThreads)
+        g[i / K * Shape::kGradientRow + i % K] = from_float<Element>(z[i / K * Shape::kLogitRow + i % K]);
+    if (job.need_sums && thread < K)
+      for (int r = 0; r < kRows; ++r) bias_sum += z[r * Shape::kLogitRow + thread];
+    if constexpr (!Shape::kOne) __syncthreads();
+    if (job.need_sums) weight_sum.add(g, Shape::kGradientRow, x, Shape::kWeightRow, kRows);
+    if (!job.dx) continue;
+    Product<Engine, kRows, D, false, true> dx;
+    dx.clear();
+    dx.add(g, Shape::kGradientRow, weight, Shape::kWeightRow, depth_k);
+    __syncthreads();  // x has been read: its place takes dx on its way out
+    dx.each([&](int r, int c, Sum v) { x[r * Shape::kWeightRow + c] = converted<Element>(v); });
+    __syncthreads();
+    store_tile(x, Shape::kWeightRow, job.dx, d, row, n - row < kRows ? static_cast<int>(n - row) : kRows, 0,
+               static_cast<int>(d));
+  }
+  cp_async_wait<0>();
+  __syncthreads();
+  for (int t = thread; t < job.task_count; t += kThreads) {
+    double sum = 0;
+    for (int s = 0; s < Shape::kSteps; ++s) sum += losses[s * job.task_count + t];
+    job.loss_parts[blockIdx.x * job.task_count + t] = sum;
+  }
+  if (!job.need_sums) return;
+  Sum* const own = job.weight_parts + blockIdx.x * k * d;
+  weight_sum.each([&](int r, int c, Sum v) {
+    if (r < k && c < d) own[r * d + c] = v;
+  });
+  if (thread < k) job.bias_parts[blockIdx.x * k + thread] = bias_sum;
+}
+
+// ---- From logits in global memory: a block 256 rows of a task. z [N, K] becomes the gradients; g, or null, takes them
+// as elements.
+template <class Element, class Sum>
+__global__ void __launch_bounds__(kThreads, 2)
+    logits_loss_kernel(LossJob<Element, Sum> job, int64_t n, int64_t k, Sum* z, Element* g, bool gradient) {
+  __shared__ double places[kWarps];
+  constexpr int64_t kNarrow = 32;
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kThreads;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  for (int64_t t = blockIdx.y; t < job.task_count; t += gridDim.y) {
+    const DeviceTask& task = job.tasks[t];
+    double sum = 0;
+    const auto one = [&](int64_t r, auto lanes) {
+      constexpr int kLanes = decltype(lanes)::value;
+      const int from = kLanes > 1 ? lane : 0;
+      Sum* const at = z + r * k + task.begin;
+      sum += row_loss<Sum, kLanes>(task, job.reals, at, 1, job.labels + task.label_row * n + r, n, job.scale[t],
+                                   gradient, from);
+      if constexpr (kLanes > 1) __syncwarp();  // a lane may have written what another one reads: mean and variance
+      if constexpr (sizeof(Element) != sizeof(Sum))
+        if (g)
+          for (int64_t c = from; c < task.width; c += kLanes) g[r * k + task.begin + c] = from_float<Element>(at[c]);
+    };
+    if (task.width <= kNarrow) {
+      if (first + threadIdx.x < n) one(first + threadIdx.x, Lanes<1>{});
+    } else {
+      for (int i = 0; i < 32; ++i) {
+        const int64_t r = first + threadIdx.x / 32 * 32 + i;
+        if (r < n) one(r, Lanes<32>{});
+      }
+    }
+    sum = block_sum(sum, places);
+    if (threadIdx.x == 0) job.loss_parts[blockIdx.x * job.task_count + t] = sum;
+  }
+}
+
+// ---- G[i, j] = sum over the block of S * P, for the tasks i of some rows and all j. A warp a pair of tasks.
+template <class Sum>
+__global__ void __launch_bounds__(kThreads) gramian_kernel(const DeviceTask* tasks, int64_t task_count, int64_t first,
+                                                           int64_t last, int64_t k, const Sum* s, const Sum* p,
+                                                           Sum* gramian) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int64_t begin = tasks[first].begin;
+  const int64_t pairs = (last - first) * task_count, step = static_cast<int64_t>(gridDim.x) * kWarps;
+  for (int64_t pair = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32; pair < pairs; pair += step) {
+    const int64_t i = first + pair / task_count, j = pair % task_count;
+    if (j < i) continue;
+    const DeviceTask &a = tasks[i], &b = tasks[j];
+    double sum = 0;
+    for (int64_t e = lane; e < a.width * b.width; e += 32) {
+      const int64_t at = (a.begin - begin + e / b.width) * k + b.begin + e % b.width;
+      sum += static_cast<double>(s[at]) * static_cast<double>(p[at]);
+    }
+    sum = lanes_sum<32>(sum);
+    if (lane == 0) gramian[i * task_count + j] = gramian[j * task_count + i] = static_cast<Sum>(sum);
+  }
+}
+
+}  // namespace mtl::cuda
