@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 # Every csrc/**/*.cpp is compiled, and with CUDA every csrc/cuda/*.cu by nvcc. A file named *_<isa>.cpp gets the flags
-# of that instruction set; on a CPU other than x86-64 only the files of the first row and those without a suffix are compiled. Instruction sets
-# are in rising order, which is also the link order (see `sources`).
+# of that instruction set; on a CPU other than x86-64 only the files of the first row and those without a suffix are
+# compiled. Instruction sets are in rising order, which is also the link order (see `sources`).
 ISA_FLAGS: dict[str, tuple[str, ...]] = {
     "baseline": (),
     "avx2": ("-mavx2", "-mfma", "-mf16c"),

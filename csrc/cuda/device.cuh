@@ -47,7 +47,7 @@ namespace mtl::cuda {
 
 template <class... Parameters, class... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, cudaStream_t stream,
-                   const Arguments&... arguments) {
+                   Arguments... arguments) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return cudaSuccess;
   kernel<<<grid, block, shared, stream>>>(static_cast<Parameters>(arguments)...);
   return cudaGetLastError();

@@ -11,17 +11,14 @@ from torch.autograd import forward_ad
 from .. import backend
 from ._checks import check_floating, check_same
 
-# Devices the compiled library has kernels for. "meta" tensors only need shapes.
-FUSED_DEVICES = ("cpu", "meta")
-
 LIBRARY = torch.library.Library("torch_mtl_pyg", "FRAGMENT")
 # Tensors of torch.autograd.grad(..., is_grads_batched=True).
 is_batched = torch._C._functorch.is_legacy_batchedtensor
 
-_warned: set[str] = set()
+_warned: set[tuple[str, str]] = set()
 
 
-def runs_fused(device: str) -> bool:
+def runs_fused(device: str, op: str) -> bool:
     """Whether an op on tensors of this type of device runs on the compiled library.
 
     Raises:
@@ -29,15 +26,23 @@ def runs_fused(device: str) -> bool:
     """
     if not backend.resolve():
         return False
-    if device in FUSED_DEVICES:
+    if device in ("cpu", "meta") or _has_kernels(device, op):  # "meta" tensors only need shapes
         return True
-    message = f"torch_mtl_pyg has no compiled kernels for the device {device!r} (only for {', '.join(FUSED_DEVICES)})"
+    message = f"torch_mtl_pyg has no compiled kernels of {op} for the device {device!r}"
     if backend.choice() == "fused":
         raise RuntimeError(f'x: {message}, and the backend "fused" was asked for.')
-    if device not in _warned:
-        _warned.add(device)
-        warnings.warn(f"{message}: plain PyTorch computes the ops there.", RuntimeWarning, stacklevel=3)
+    if (device, op) not in _warned:
+        _warned.add((device, op))
+        warnings.warn(f"{message}: plain PyTorch computes it there.", RuntimeWarning, stacklevel=3)
     return False
+
+
+# Dynamo takes the answer as a constant: a loaded library keeps its kernels.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _has_kernels(device: str, op: str) -> bool:
+    return device == "cuda" and bool(
+        torch._C._dispatch_has_kernel_for_dispatch_key(f"torch_mtl_pyg::{op}", device.upper())
+    )
 
 
 def autocasts(device_type: str) -> bool:
@@ -53,7 +58,7 @@ def autocast_to(device_type: str, *tensors: Tensor | None) -> tuple[Tensor | Non
     )
 
 
-def prepare(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None, bool]:
+def prepare(x: Tensor, weight: Tensor, bias: Tensor | None, op: str) -> tuple[Tensor, Tensor, Tensor | None, bool]:
     """Checks the arguments, casts them under autocast, and tells whether the compiled op computes them."""
     check_floating("weight", weight, 2, "[K, D]")
     check_floating("x", x, 2, "[N, {}]", weight, 1)
@@ -65,7 +70,7 @@ def prepare(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Ten
     check_same("x", x, "weight", weight)
     if bias is not None:
         check_same("bias", bias, "weight", weight)
-    return x, weight, bias, runs_fused(device) and not transformed()
+    return x, weight, bias, runs_fused(device, op) and not transformed()
 
 
 def transformed() -> bool:

@@ -49,7 +49,7 @@ def aggregate(x: Tensor, adjacency: Adjacency, edge_weight: Tensor | None = None
     """
     check_floating("x", x, 2, "[N_src, D]")
     edge_weight = check_graph(x, adjacency, edge_weight, reduce)
-    if runs_fused(x.device.type) and not transformed():
+    if runs_fused(x.device.type, "aggregate") and not transformed():
         return _aggregate.aggregate(x, Edges.of(adjacency), edge_weight, CODES[reduce])
     return reference_graph.aggregate(x, adjacency, edge_weight, reduce)
 

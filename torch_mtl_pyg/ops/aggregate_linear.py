@@ -95,7 +95,7 @@ def aggregate_linear(
             check_same(f"{name}[{i}]", weight, "x", x)
     if bias is not None:
         check_same("bias", bias, "x", x)
-    if runs_fused(device) and not transformed():
+    if runs_fused(device, "aggregate_linear") and not transformed():
         args = _aggregate_linear.Arguments(x, edge_weight, tuple(weights), root, tuple(root_weights or ()), bias)
         return _aggregate_linear.aggregate_linear(args, Edges.of(adjacency), CODES[reduce])
     return reference_graph.aggregate_linear(x, adjacency, weights, bias, edge_weight, reduce, root, root_weights)

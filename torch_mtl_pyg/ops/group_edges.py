@@ -53,7 +53,7 @@ def group_edges(key: Tensor, other: Tensor, num_keys: int, num_others: int) -> G
     _check_size("num_keys", num_keys)
     _check_size("num_others", num_others)
     device = key.device.type
-    if not runs_fused(device):
+    if not runs_fused(device, "group_edges"):
         if device != "meta" and not torch.compiler.is_compiling():
             _check_values(key, other, num_keys, num_others)
         return reference_graph.group_edges(key, other, num_keys)

@@ -73,7 +73,7 @@ def grouped_linear(xs: Sequence[Tensor], weights: Sequence[Tensor], bias: Tensor
             check_same(f"weights[{t}]", weight, "weights[0]", weights[0])
     if bias is not None:
         check_same("bias", bias, "weights[0]", weights[0])
-    if not runs_fused(device) or transformed():
+    if not runs_fused(device, "grouped_linear") or transformed():
         return reference.grouped_linear(xs, weights, bias)
     if torch.compiler.is_compiling():
         result: Tensor = torch.ops.torch_mtl_pyg.grouped_linear(list(xs), list(weights), bias)

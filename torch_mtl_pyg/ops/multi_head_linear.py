@@ -53,7 +53,7 @@ def multi_head_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
         ValueError: Shapes or devices do not fit.
         RuntimeError: The backend is ``"fused"``, and it cannot run here.
     """
-    return _linear(*prepare(x, weight, bias))
+    return _linear(*prepare(x, weight, bias, "multi_head_linear"))
 
 
 def multi_head_linear_split(
@@ -75,7 +75,7 @@ def multi_head_linear_split(
     Raises:
         TypeError, ValueError, RuntimeError: As :func:`multi_head_linear`.
     """
-    x, weight, bias, fused = prepare(x, weight, bias)
+    x, weight, bias, fused = prepare(x, weight, bias, "multi_head_linear")
     if fused and records(x, weight, bias) and not torch.compiler.is_compiling():
         outputs: tuple[Tensor, ...] = _MultiHeadLinearSplit.apply(widths, x, weight, bias)  # type: ignore[no-untyped-call]
         return outputs

@@ -75,7 +75,7 @@ def multi_head_loss(
         RuntimeError: The backend is ``"fused"``, and it cannot run here.
     """
     if not _is_plain_call(x, weight, bias):
-        x, weight, bias, fused = prepare(x, weight, bias)
+        x, weight, bias, fused = prepare(x, weight, bias, "multi_head_loss")
         if not fused:
             return _reference(x, weight, bias, y, layout, gramian, outside)
         if torch.compiler.is_compiling() or x.device.type != "cpu":
@@ -94,7 +94,7 @@ def multi_head_loss(
         results = _forward(x, weight, bias, [*targets, *outside], table, table.weight, _NOTHING, gramian)
     except (RuntimeError, TypeError, AttributeError):
         # The op checks everything, and here the argument is found that it refused.
-        prepare(x, weight, bias)
+        prepare(x, weight, bias, "multi_head_loss")
         _explain(y, layout, x)
         raise
     per_task, total, count, product = results[:4]
@@ -125,7 +125,7 @@ def _is_plain_call(x: Any, weight: Any, bias: Any) -> bool:
         and (bias is None or bias.is_cpu)
         and x.layout is torch.strided
         and not torch.is_autocast_enabled("cpu")
-        and runs_fused("cpu")
+        and runs_fused("cpu", "multi_head_loss")
         and not transformed()
     )
 
@@ -241,7 +241,7 @@ def _any_batched(*grads: Tensor | None) -> bool:
 
 def task_weights(of_per_task: Tensor | None, of_total: Tensor | None, weight: Tensor) -> Tensor:
     """The weights ``[T]`` that a gradient of ``per_task`` and ``total`` comes to."""
-    v = None if of_total is None else of_total.double() * weight
+    v = None if of_total is None else of_total.double() * weight.to(of_total.device)
     if of_per_task is None:
         assert v is not None
         return v

@@ -67,7 +67,7 @@ def multi_head_mlp(
         IndexError: A task in ``route`` is not in ``[0, T)``.
         RuntimeError: The backend is ``"fused"``, and it cannot run here.
     """
-    x, weights, biases, fused = prepare(x, weights, biases, layout, route)
+    x, weights, biases, fused = prepare(x, weights, biases, layout, route, "multi_head_mlp")
     if not fused:
         return reference_mlp.multi_head_mlp(x, weights, biases, layout, hidden, route)
     if torch.compiler.is_compiling():
@@ -95,7 +95,7 @@ def multi_head_mlp_split(
 
     Arguments and errors as for :func:`multi_head_mlp`.
     """
-    x, weights, biases, fused = prepare(x, weights, biases, layout, None)
+    x, weights, biases, fused = prepare(x, weights, biases, layout, None, "multi_head_mlp")
     if fused and recorded(x, weights, biases) and not torch.compiler.is_compiling():
         outputs: tuple[Tensor, ...] = _MultiHeadMLP.apply(  # type: ignore[no-untyped-call]
             layout, hidden, None, layout.widths, x, len(weights), *weights, *biases
@@ -117,7 +117,7 @@ def register() -> None:
 
 
 def prepare(
-    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], layout: TaskLayout, route: Tensor | None
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], layout: TaskLayout, route: Tensor | None, op: str
 ) -> tuple[Tensor, list[Tensor], list[Tensor], bool]:
     """Checks the arguments, casts them under autocast, and tells whether the compiled op computes them."""
     tasks, depth = len(layout.names), len(weights)
@@ -146,7 +146,7 @@ def prepare(
     check_same("x", x, "weight", weights[0])
     for i, t in enumerate((*weights, *biases)):
         check_same(f"weights[{i}]" if i < depth else f"biases[{i - depth}]", t, "weights[0]", weights[0])
-    fused = runs_fused(device) and not transformed()
+    fused = runs_fused(device, op) and not transformed()
     if route is not None:
         check_route(route, x)
         if not fused or device != "cpu" or torch.compiler.is_compiling():

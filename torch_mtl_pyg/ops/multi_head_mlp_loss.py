@@ -62,7 +62,7 @@ def multi_head_mlp_loss(
     Raises:
         TypeError, ValueError, IndexError, RuntimeError: As the functions named above.
     """
-    x, weights, biases, fused = prepare(x, weights, biases, layout, route)
+    x, weights, biases, fused = prepare(x, weights, biases, layout, route, "multi_head_mlp_loss")
     if route is not None:
         check_routed_labels(y, x, layout)
     if not fused:

@@ -72,7 +72,7 @@ cudaError_t allow_shared(Kernel* kernel, size_t bytes) {
 
 template <class... Parameters, class... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 size, size_t shared, cudaStream_t,
-                   const Arguments&... arguments) {
+                   Arguments... arguments) {
   using namespace emulated;
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return cudaSuccess;
   size_t most = kSharedByDefault;

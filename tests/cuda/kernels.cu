@@ -1,0 +1,179 @@
+// The kernels of the heads on buffers without a byte to spare, for the sanitizers: products in every type and
+// orientation, and one launch of heads with losses. The values are compared with plain loops.
+#include <cstdlib>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "cuda/loss_kernels.cuh"
+
+using namespace mtl;
+using namespace mtl::cuda;
+
+namespace {
+
+double worst = 0;
+void expect(double got, double wanted, double size, double eps) {
+  const double error = got == got ? fabs(got - wanted) / (eps * (size + 1e-3)) : 1e30;
+  worst = error > worst ? error : worst;
+}
+void check(cudaError_t error) {
+  if (error == cudaSuccess) return;
+  printf("a launch: %s\n", cudaGetErrorString(error));
+  exit(2);
+}
+
+double number(double v) { return v; }
+double number(float v) { return v; }
+template <class T>
+double number(T v) {
+  return to_float(v);
+}
+template <class T>
+std::vector<T> numbers(int64_t count, double scale) {
+  std::vector<T> v(count);
+  for (T& x : v) x = converted<T>(static_cast<float>((rand() % 2001 - 1000) / 1000.0 * scale));
+  return v;
+}
+
+template <class Engine, bool kTransposedA, bool kTransposedB>
+void product(int64_t m, int64_t n, int64_t depth, int64_t slices, double eps) {
+  using T = typename Engine::Element;
+  using Sum = typename Engine::Sum;
+  const std::vector<T> a = numbers<T>(m * depth, 1), b = numbers<T>(depth * n, 1), bias = numbers<T>(n, 1);
+  std::vector<Sum> parts(slices * m * n), sum(m * n);
+  const View<T> va = kTransposedA ? view_of<T>(a.data(), depth, m, m, 1) : view_of<T>(a.data(), m, depth, depth, 1);
+  const View<T> vb = kTransposedB ? view_of<T>(b.data(), depth, n, n, 1) : view_of<T>(b.data(), n, depth, depth, 1);
+  check(gemm<Engine, Sum, kTransposedA, kTransposedB>(
+      {va, vb, slices == 1 ? bias.data() : nullptr, 1, parts.data(), m, n, depth}, slices, nullptr));
+  check(sum_parts(parts.data(), slices, m * n, sum.data(), nullptr));
+  for (int64_t i = 0; i < m; ++i)
+    for (int64_t j = 0; j < n; ++j) {
+      double exact = slices == 1 ? number(bias[j]) : 0, size = fabs(exact);
+      for (int64_t k = 0; k < depth; ++k) {
+        const double term = number(kTransposedA ? a[k * m + i] : a[i * depth + k]) *
+                            number(kTransposedB ? b[k * n + j] : b[j * depth + k]);
+        exact += term;
+        size += fabs(term);
+      }
+      expect(sum[i * n + j], exact, size, eps);
+    }
+}
+template <class Engine>
+void products(double eps) {
+  const int64_t shapes[][4] = {{1, 1, 1, 1},     {70, 33, 50, 1}, {130, 129, 40, 1},
+                               {64, 128, 32, 1}, {7, 5, 700, 3},  {33, 40, 0, 1}};
+  for (const auto& [m, n, depth, slices] : shapes) {
+    product<Engine, false, false>(m, n, depth, slices, eps);
+    product<Engine, false, true>(m, n, depth, slices, eps);
+    product<Engine, true, true>(m, n, depth, slices, eps);
+  }
+}
+
+// Two tasks of squared errors and one of classes, some labels missing: dx, dW and db of all in one launch.
+template <class Engine, int K, int D>
+void fused(int64_t n, int64_t d, int64_t classes, double eps) {
+  using T = typename Engine::Element;
+  const int64_t k = classes + 2, blocks = 2;
+  const std::vector<T> x = numbers<T>(n * d, 1), w = numbers<T>(k * d, 0.3), bias = numbers<T>(k, 1);
+  std::vector<float> labels(3 * n), scale = {0.5f, 0.25f, 2.0f};
+  for (int64_t r = 0; r < n; ++r) {
+    labels[r] = r % 3 == 0 ? NAN : static_cast<float>(r % 5) - 2;
+    labels[n + r] = static_cast<float>(r % classes);
+    labels[2 * n + r] = r % 7 == 1 ? NAN : 0.5f;
+  }
+  DeviceTask tasks[3] = {};
+  const int64_t widths[3] = {1, classes, 1};
+  for (int t = 0, begin = 0; t < 3; begin += static_cast<int>(widths[t++])) {
+    tasks[t].begin = begin;
+    tasks[t].width = widths[t];
+    tasks[t].label_row = t;
+    tasks[t].numbers = -1;
+    tasks[t].labels.columns = 1;
+    tasks[t].loss = t == 1 ? Loss::kCrossEntropy : Loss::kMse;
+    tasks[t].counts = true;
+  }
+  std::vector<T> dx(n * d);
+  std::vector<float> weight_parts(blocks * k * d), bias_parts(blocks * k);
+  std::vector<double> loss_parts(blocks * 3);
+  const LossJob<T, float> job{view_of<T>(x.data(), n, d, d, 1),
+                              view_of<T>(w.data(), k, d, d, 1),
+                              bias.data(),
+                              1,
+                              tasks,
+                              nullptr,
+                              labels.data(),
+                              scale.data(),
+                              3,
+                              dx.data(),
+                              true,
+                              weight_parts.data(),
+                              bias_parts.data(),
+                              loss_parts.data()};
+  const auto kernel = fused_loss_kernel<Engine, K, D>;
+  check(allow_shared(kernel, FusedShape<Engine, K, D>::kShared));
+  check(launch(kernel, dim3(blocks), dim3(kThreads), FusedShape<Engine, K, D>::kShared, nullptr, job));
+
+  std::vector<double> loss(3), dw(k * d), dw_size(k * d), db(k);
+  for (int64_t r = 0; r < n; ++r) {
+    std::vector<double> z(k), g(k);
+    for (int64_t c = 0; c < k; ++c) {
+      z[c] = number(bias[c]);
+      for (int64_t i = 0; i < d; ++i) z[c] += number(x[r * d + i]) * number(w[c * d + i]);
+    }
+    for (int t : {0, 2}) {
+      const int64_t c = tasks[t].begin;
+      const double y = labels[t * n + r];
+      if (y != y) continue;
+      loss[t] += (z[c] - y) * (z[c] - y);
+      g[c] = 2 * (z[c] - y) * scale[t];
+    }
+    double total = 0;
+    for (int64_t c = 1; c <= classes; ++c) total += exp(z[c]);
+    const auto own = static_cast<int64_t>(labels[n + r]);
+    loss[1] += log(total) - z[1 + own];
+    for (int64_t c = 0; c < classes; ++c) g[1 + c] = (exp(z[1 + c]) / total - (c == own)) * scale[1];
+    for (int64_t i = 0; i < d; ++i) {
+      double exact = 0, size = 0;
+      for (int64_t c = 0; c < k; ++c) {
+        const double term = g[c] * number(w[c * d + i]), of_weight = g[c] * number(x[r * d + i]);
+        exact += term;
+        size += fabs(term);
+        dw[c * d + i] += of_weight;
+        dw_size[c * d + i] += fabs(of_weight);
+      }
+      expect(number(dx[r * d + i]), exact, size, eps);
+    }
+    for (int64_t c = 0; c < k; ++c) db[c] += g[c];
+  }
+  for (int64_t i = 0; i < k * d; ++i) expect(weight_parts[i] + weight_parts[k * d + i], dw[i], dw_size[i], eps);
+  for (int64_t c = 0; c < k; ++c) expect(bias_parts[c] + bias_parts[k + c], db[c], static_cast<double>(n), eps);
+  for (int t = 0; t < 3; ++t) expect(loss_parts[t] + loss_parts[3 + t], loss[t], loss[t], eps);
+}
+
+void run(const std::string& name) {
+  const double single = 64 * 0x1p-24, half = 4 * 0x1p-8;
+  if (name == "products_float32") products<Exact32>(single);
+  if (name == "products_float64") products<Exact64>(64 * 0x1p-53);
+  if (name == "products_tf32") products<TensorTf32>(4 * 0x1p-11);
+  if (name == "products_bfloat16") products<TensorBFloat16>(single);
+  if (name == "products_float16") products<TensorFloat16>(single);
+  if (name == "fused_float32") {
+    fused<Exact32, 32, 64>(150, 40, 5, single);
+    fused<Exact32, 128, 128>(70, 101, 70, single);
+  }
+  if (name == "fused_tf32") fused<TensorTf32, 32, 128>(150, 72, 5, 4 * 0x1p-10);
+  if (name == "fused_bfloat16") {
+    fused<TensorBFloat16, 32, 64>(150, 40, 5, half);
+    fused<TensorBFloat16, 128, 128>(200, 128, 126, half);
+  }
+  if (name == "fused_float16") fused<TensorFloat16, 128, 64>(65, 33, 40, half / 8);
+}
+
+}  // namespace
+
+int main(int, char** names) {
+  run(names[1]);
+  printf("%g of what is allowed\n", worst);
+  return worst <= 1 ? 0 : 1;
+}

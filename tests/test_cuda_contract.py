@@ -1,0 +1,36 @@
+"""The CUDA kernels under the tests of the ops, emulated on tensors of the CPU.
+
+Left out: what runs no kernel of these ops (the reference, compilers), determinism over threads of the CPU, and the
+memory of a step whose logits do not fit a block, which keeps them here.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import require_fused
+
+TESTS = Path(__file__).parent
+OPS = [str(TESTS / f"test_{name}.py") for name in ("multi_head_linear", "multi_head_loss", "heads_loss")]
+# The instruction set is that of other kernels: one is enough.
+NOT = ("avx2", "avx512", "reference", "inductor", "2_31", "bitwise", "peak_memory", "second_order")
+EVERYTHING = " and ".join(f"not {name}" for name in NOT)
+VALUES = f"(test_values or test_layouts or any_shape or any_tasks) and {EVERYTHING}"
+
+
+@pytest.mark.parametrize(("order", "tests"), [("0", EVERYTHING), ("1", VALUES), ("7", VALUES)])
+def test_emulated_kernels_pass_the_tests_of_the_ops(order: str, tests: str) -> None:
+    require_fused()
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", tests, *OPS],
+        env={**os.environ, "TORCH_MTL_PYG_EMULATE": "cuda", "TORCH_MTL_PYG_EMULATE_ORDER": order},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
+    assert " skipped" not in done.stdout
