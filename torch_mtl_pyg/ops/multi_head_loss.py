@@ -27,6 +27,7 @@ Sums are kept in float32, those of float64 in float64. Results are bitwise equal
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -220,6 +221,8 @@ class _MultiHeadLoss(torch.autograd.Function):
         ready, ctx.ready = ctx.ready, None
         if ready is not None:
             factor = of_total if of_per_task is None else _common_factor(of_per_task, of_total, table.weight)
+            if of_per_task is not None and factor is not None and x.itemsize == 2 and not _is_power_of_two(factor):
+                factor = None  # the gradients would be rounded to 16 bits once more
             if factor is not None:
                 number = factor.item()
                 if number != 1.0:
@@ -254,6 +257,10 @@ def _common_factor(of_per_task: Tensor, of_total: Tensor | None, weight: Tensor)
     largest = weight.argmax()
     factor = v[largest] / weight[largest]
     return factor if torch.equal(factor * weight, v) else None
+
+
+def _is_power_of_two(factor: Tensor) -> bool:
+    return abs(math.frexp(factor.item())[0]) == 0.5
 
 
 # ---- Plain PyTorch.
