@@ -19,9 +19,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-# Every csrc/**/*.cpp outside csrc/cuda/ is compiled. A file named *_<isa>.cpp gets the flags of that instruction set;
-# on a CPU other than x86-64 only the files of the first row and those without a suffix are compiled. Instruction sets
-# are in rising order, which is also the link order (see `sources`).
+# Every csrc/**/*.cpp outside csrc/cuda/ is compiled; `find_cuda` decides on csrc/cuda/**/*.cu. A file named *_<isa>.cpp
+# gets the flags of that instruction set; on a CPU other than x86-64 only the files of the first row and those without a
+# suffix are compiled. Instruction sets are in rising order, which is also the link order (see `sources`).
 ISA_FLAGS: dict[str, tuple[str, ...]] = {
     "baseline": (),
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
@@ -53,6 +53,25 @@ LINK_FLAGS: dict[str, tuple[str, ...]] = {
     "darwin": ("-dynamiclib", "-undefined", "dynamic_lookup"),
 }
 LINK_LIBRARIES: tuple[str, ...] = ("-ltorch", "-ltorch_cpu", "-lc10")
+# Machine code for Ampere and Hopper, and PTX that the driver of any later GPU compiles.
+NVCC_FLAGS: tuple[str, ...] = (
+    "-O3",
+    "-std=c++17",
+    "--expt-relaxed-constexpr",
+    *("-gencode", "arch=compute_80,code=sm_80"),
+    *("-gencode", "arch=compute_90,code=sm_90"),
+    *("-gencode", "arch=compute_90,code=compute_90"),
+)
+# nvcc itself reads these, so that a host compiler newer than it knows can be allowed, for instance.
+NVCC_VARIABLES: tuple[str, ...] = ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS")
+# What the emulator needs: the C++ compiler takes .cu files for C++, and blocks run on threads.
+CUDA_EMULATION_FLAGS: tuple[str, ...] = ("-x", "c++", "-DMTL_EMULATE_CUDA", "-pthread")
+# The runtime is part of the library, which therefore loads where there is no CUDA. libtorch, which names libtorch_cuda
+# where there is one, is kept though nothing needs it: the search for the function that gives the stream starts there.
+CUDA_LINK_LIBRARIES: tuple[str, ...] = (
+    *("-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed"),
+    *("-lcudart_static", "-ldl", "-lpthread", "-lrt"),
+)
 SOURCE_SUFFIXES: tuple[str, ...] = (".cpp", ".h", ".cu", ".cuh")
 
 _EMULATED_ISAS = ("avx512", "avx512_bf16")
@@ -86,6 +105,7 @@ class Torch:
     cxx11_abi: bool
     include: tuple[Path, ...]
     lib: Path
+    cuda: str | None = None  # the version of CUDA it was built for
 
 
 @dataclass(frozen=True)
@@ -94,6 +114,23 @@ class Source:
 
     path: Path
     isa: str | None
+
+    @property
+    def cuda(self) -> bool:
+        """Whether it holds CUDA kernels."""
+        return self.path.suffix == ".cu"
+
+
+@dataclass(frozen=True)
+class Cuda:
+    """What becomes of the CUDA kernels: ``nvcc`` compiles them, the C++ compiler does (emulated), or none does.
+
+    ``reason`` says why there are none, where one might expect them; else it is empty.
+    """
+
+    nvcc: Compiler | None = None
+    emulated: bool = False
+    reason: str = ""
 
 
 def torch_settings() -> Torch:
@@ -105,15 +142,71 @@ def torch_settings() -> Torch:
 
     root = Path(torch.__path__[0])
     include = (root / "include", root / "include" / "torch" / "csrc" / "api" / "include")
-    return Torch(torch.__version__, torch.compiled_with_cxx11_abi(), include, root / "lib")
+    return Torch(torch.__version__, torch.compiled_with_cxx11_abi(), include, root / "lib", torch.version.cuda)
+
+
+def emulation() -> str:
+    """What is emulated, for developers' tests: the value of ``TORCH_MTL_PYG_EMULATE``.
+
+    ``"1"``: AVX-512, by kernels compiled for AVX2. ``"cuda"``: a GPU, by CUDA kernels compiled for the CPU, which serve
+    CPU tensors. ``"0"``: nothing.
+    """
+    value = os.environ.get("TORCH_MTL_PYG_EMULATE", "") or "0"
+    if value not in ("0", "1", "cuda"):
+        raise BuildError(f"TORCH_MTL_PYG_EMULATE: expected 0, 1 or cuda, got {value!r}.")
+    return value
 
 
 def emulated() -> bool:
-    """Whether the wide kernels are compiled for AVX2 (``TORCH_MTL_PYG_EMULATE=1``, for developers' tests)."""
-    value = os.environ.get("TORCH_MTL_PYG_EMULATE", "")
+    """Whether the wide kernels are compiled for AVX2."""
+    return emulation() == "1"
+
+
+def cuda_wanted() -> bool | None:
+    """Whether CUDA kernels were asked for (``TORCH_MTL_PYG_CUDA=1``) or forbidden (``=0``); None if neither."""
+    value = os.environ.get("TORCH_MTL_PYG_CUDA", "")
     if value not in ("", "0", "1"):
-        raise BuildError(f"TORCH_MTL_PYG_EMULATE: expected 0 or 1, got {value!r}.")
-    return value == "1"
+        raise BuildError(f"TORCH_MTL_PYG_CUDA: expected 0 or 1, got {value!r}.")
+    return None if value == "" else value == "1"
+
+
+def find_cuda(csrc: Path, torch: Torch) -> Cuda:
+    """Decides what becomes of the CUDA kernels. Starts no process.
+
+    nvcc compiles them if torch was built for CUDA or ``TORCH_MTL_PYG_CUDA=1``.
+
+    Raises:
+        BuildError: They were asked for and cannot be had.
+    """
+    wanted = cuda_wanted()
+    if emulation() == "cuda":
+        if wanted:
+            raise BuildError("TORCH_MTL_PYG_CUDA=1 and TORCH_MTL_PYG_EMULATE=cuda exclude each other. Unset one.")
+        return Cuda(emulated=True)
+    if not any((csrc / "cuda").rglob("*.cu")):
+        return Cuda()
+    if wanted is False:
+        return Cuda(reason="It has no CUDA kernels: TORCH_MTL_PYG_CUDA=0.")
+    if not wanted and torch.cuda is None:
+        return Cuda()
+    if sys.platform != "linux":
+        reason = f"there is no build of them for the platform {sys.platform!r}, only for Linux"
+    elif program := _find_nvcc():
+        own = [os.environ.get(name, "") for name in NVCC_VARIABLES]
+        return Cuda(nvcc=Compiler((program,), " ".join([_identity([program]), *own])))
+    else:
+        reason = "nvcc was not found in CUDA_HOME, CUDA_PATH or PATH (install the CUDA toolkit, or set CUDA_HOME)"
+    if wanted:
+        raise BuildError(f"TORCH_MTL_PYG_CUDA=1, but there are no CUDA kernels: {reason}.")
+    return Cuda(reason=f"It has no CUDA kernels: {reason}.")
+
+
+def _find_nvcc() -> str | None:
+    homes = [os.path.join(home, "bin") for name in ("CUDA_HOME", "CUDA_PATH") if (home := os.environ.get(name))]
+    for path in (*homes, None):
+        if program := shutil.which("nvcc", path=path):
+            return os.path.abspath(program)
+    return None
 
 
 def user_flags() -> tuple[str, ...]:
@@ -156,8 +249,10 @@ def find_ninja() -> str:
 
 
 def source_hash(csrc: Path) -> str:
-    """Hash of all that determines the library apart from torch and the compiler: sources, flags, emulation."""
-    digest = hashlib.sha256(repr((ISA_FLAGS, COMMON_FLAGS, LINK_FLAGS, LINK_LIBRARIES, emulated())).encode())
+    """Hash of all that determines the library apart from torch and the compilers: sources, flags, emulation."""
+    flags = (ISA_FLAGS, COMMON_FLAGS, LINK_FLAGS, LINK_LIBRARIES)
+    cuda_flags = (NVCC_FLAGS, CUDA_EMULATION_FLAGS, CUDA_LINK_LIBRARIES)
+    digest = hashlib.sha256(repr((flags, cuda_flags, emulation())).encode())
     for path in sorted(p for p in csrc.rglob("*") if p.suffix in SOURCE_SUFFIXES):
         content = path.read_bytes()
         digest.update(f"\0{path.relative_to(csrc).as_posix()}\0{len(content)}\0".encode())
@@ -165,15 +260,19 @@ def source_hash(csrc: Path) -> str:
     return digest.hexdigest()
 
 
-def sources(csrc: Path) -> list[Source]:
+def sources(csrc: Path, cuda: Cuda = Cuda()) -> list[Source]:
     """All files to compile, those with wider instruction sets last.
+
+    Where CUDA kernels are emulated, ``cuda/<op>.cu`` takes the place of ``cpu/<op>.cpp``: both serve CPU tensors.
 
     Where several objects hold the same inline function, the linker keeps the first one. This order makes that one
     the version which runs on every CPU.
     """
-    found = []
+    kernels = sorted((csrc / "cuda").rglob("*.cu")) if cuda.nvcc or cuda.emulated else []
+    replaced = {csrc / "cpu" / f"{path.stem}.cpp" for path in kernels} if cuda.emulated else set()
+    found = [Source(path, None) for path in kernels]
     for path in sorted(csrc.rglob("*.cpp")):
-        if path.relative_to(csrc).parts[0] != "cuda":
+        if path.relative_to(csrc).parts[0] != "cuda" and path not in replaced:
             found.append(Source(path, _isa_of(path)))
     if not found:
         raise BuildError(f"There is no C++ source file in {csrc}.")
@@ -185,7 +284,7 @@ def build(output: Path, *, csrc: Path, for_this_cpu: bool = False) -> str:
     """Compiles the sources below ``csrc`` into the shared library ``output``.
 
     Works in a temporary folder beside ``output``, which is replaced in one step when all is done: it is never seen
-    half written. Reads ``CXX``, ``CXXFLAGS``, ``MAX_JOBS`` and ``TORCH_MTL_PYG_EMULATE``.
+    half written. Reads ``CXX``, ``CXXFLAGS``, ``MAX_JOBS``, ``TORCH_MTL_PYG_CUDA`` and ``TORCH_MTL_PYG_EMULATE``.
 
     Args:
         output: The library to write. Its folder must exist.
@@ -204,15 +303,24 @@ def build(output: Path, *, csrc: Path, for_this_cpu: bool = False) -> str:
         raise BuildError(f"There is no build for the platform {sys.platform!r}, only for Linux and macOS.")
     torch, compiler, ninja = torch_settings(), find_compiler(), find_ninja()
     csrc, output = csrc.resolve(), output.resolve()
+    cuda = find_cuda(csrc, torch)
     before = source_hash(csrc)
     with tempfile.TemporaryDirectory(prefix="build-", dir=output.parent, ignore_cleanup_errors=True) as name:
         folder = Path(name)
-        chosen, defines = _select(sources(csrc), compiler, folder, foreign_isas() if for_this_cpu else frozenset())
+        chosen, defines = _select(
+            sources(csrc, cuda), compiler, folder, foreign_isas() if for_this_cpu else frozenset()
+        )
         flags = [*COMMON_FLAGS, f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.cxx11_abi)}", *defines, f"-I{csrc}"]
+        link = [*link_flags, f"-L{torch.lib}"]
+        if cuda.nvcc:
+            flags.append("-DMTL_WITH_CUDA")
+            link += [*_cuda_folders(cuda.nvcc, folder), *CUDA_LINK_LIBRARIES]
+        if cuda.emulated:
+            link.append("-pthread")
         for path in torch.include:
             flags += ["-isystem", str(path)]
         flags += user_flags()
-        text = _ninja_file(chosen, compiler, flags, [*link_flags, f"-L{torch.lib}", *LINK_LIBRARIES])
+        text = _ninja_file(chosen, compiler, cuda, flags, [*link, *LINK_LIBRARIES])
         (folder / "build.ninja").write_text(text)
         _run([ninja, *_jobs()], folder, "The C++ sources did not compile.")
         if source_hash(csrc) != before:
@@ -283,29 +391,67 @@ def _select(
     return [source for source in found if source.isa not in missing], defines
 
 
-def _ninja_file(chosen: Sequence[Source], compiler: Compiler, flags: Sequence[str], link: Sequence[str]) -> str:
+def _cuda_folders(nvcc: Compiler, folder: Path) -> list[str]:
+    """Where the linker finds the libraries of nvcc's CUDA."""
+    (folder / "empty.cu").write_text("")
+    shown = _run(
+        [*nvcc.command, "--dryrun", "empty.cu"], folder, "nvcc does not start (TORCH_MTL_PYG_CUDA=0 does without)."
+    )
+    line = next((line for line in shown.splitlines() if line.startswith("#$ LIBRARIES=")), "")
+    return [word for word in _split("nvcc --dryrun", line.partition("=")[2]) if word.startswith("-L")]
+
+
+def nvcc_command(nvcc: Compiler, compiler: Compiler, flags: Iterable[str]) -> list[str]:
+    """A call of nvcc with the flags of the C++ compiler, which compiles the host's side."""
+    words = list(flags)
+    programs = [word for word in compiler.command if not word.startswith("-")]
+    command = [*nvcc.command, "-ccbin", programs[-1], *NVCC_FLAGS]
+    for word in compiler.command:
+        if word.startswith("-"):
+            command.append(f"-Xcompiler={word}")
+    while words:
+        word = words.pop(0)
+        if word in ("-isystem", "-I", "-D"):
+            command += [word, words.pop(0)]
+        elif word.startswith(("-I", "-D")):
+            command.append(word)
+        elif not word.startswith(("-O", "-std=")) or word not in COMMON_FLAGS:
+            command.append(f"-Xcompiler={word}")
+    return command
+
+
+def _ninja_file(
+    chosen: Sequence[Source], compiler: Compiler, cuda: Cuda, flags: Sequence[str], link: Sequence[str]
+) -> str:
     command = _shell(compiler.command)
     lines = [
         "rule compile",
-        f"  command = {command} {_shell(flags)} $isa -c $source -o $out",
+        f"  command = {command} {_shell(flags)} $own -c $source -o $out",
         "  description = compile $out",
         "rule link",
         f"  command = {command} $in -o $out {_shell(link)}",
         "  description = link $out",
     ]
+    if cuda.nvcc:
+        lines += [
+            "rule compile_cuda",
+            f"  command = {_shell(nvcc_command(cuda.nvcc, compiler, flags))} -c $source -o $out",
+            "  description = compile $out",
+        ]
     objects = [f"{index}_{source.path.stem}.o" for index, source in enumerate(chosen)]
     # The kernels, which take longest, first.
     for name, source in reversed(list(zip(objects, chosen, strict=True))):
         lines += [
-            f"build {_path(name)}: compile {_path(str(source.path))}",
+            f"build {_path(name)}: compile{'_cuda' if source.cuda and cuda.nvcc else ''} {_path(str(source.path))}",
             f"  source = {_shell([str(source.path)])}",
-            f"  isa = {_shell(isa_flags(source.isa) if source.isa else ())}",
+            f"  own = {_shell(CUDA_EMULATION_FLAGS if source.cuda else isa_flags(source.isa) if source.isa else ())}",
         ]
     lines += [f"build library.so: link {' '.join(map(_path, objects))}", "default library.so", ""]
     return "\n".join(lines)
 
 
-def _run(command: Sequence[str], folder: Path, failure: str) -> None:
+def _run(command: Sequence[str], folder: Path, failure: str) -> str:
+    """Runs a command to its end, and returns what it printed."""
     # A job server of a surrounding make is of no use: its descriptors are not passed on.
     environment = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MFLAGS")}
     try:
@@ -323,6 +469,7 @@ def _run(command: Sequence[str], folder: Path, failure: str) -> None:
         raise BuildError(f"{failure} {shlex.join(command)} could not be started: {error}.") from error
     if done.returncode != 0:
         raise BuildError(f"{failure} Exit status {done.returncode} of: {shlex.join(command)}", done.stdout)
+    return done.stdout
 
 
 def _jobs() -> list[str]:

@@ -197,11 +197,13 @@ def _cpu() -> str:
 def _key(csrc: Path) -> str:
     """Hash of all that determines the library. Starts no process."""
     settings = _build.torch_settings()
+    cuda = _build.find_cuda(csrc, settings)
     parts = {
         "sources": _build.source_hash(csrc),
         "torch": [settings.version, settings.cxx11_abi],
         "compiler": _build.find_compiler().identity,
         "CXXFLAGS": _build.user_flags(),
+        "cuda": [cuda.emulated, cuda.nvcc and cuda.nvcc.identity],
         "machine": [sys.platform, platform.machine(), _cpu(), _libc()],
     }
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]

@@ -11,14 +11,20 @@ from torch.autograd import forward_ad
 from .. import backend
 from ._checks import check_floating, check_same
 
-# Devices the compiled library has kernels for. "meta" tensors only need shapes.
-FUSED_DEVICES = ("cpu", "meta")
+# Devices the compiled library has kernels for, as it says itself once loaded. "meta" tensors only need shapes.
+FUSED_DEVICES: tuple[str, ...] = ("cpu", "meta")
 
 LIBRARY = torch.library.Library("torch_mtl_pyg", "FRAGMENT")
 # Tensors of torch.autograd.grad(..., is_grads_batched=True).
 is_batched = torch._C._functorch.is_legacy_batchedtensor
 
 _warned: set[str] = set()
+
+
+def register() -> None:
+    """Asks the compiled library for its devices."""
+    global FUSED_DEVICES
+    FUSED_DEVICES = (*torch.ops.torch_mtl_pyg.devices().split(","), "meta")
 
 
 def runs_fused(device: str) -> bool:
