@@ -53,11 +53,9 @@ LINK_FLAGS: dict[str, tuple[str, ...]] = {
     "darwin": ("-dynamiclib", "-undefined", "dynamic_lookup"),
 }
 LINK_LIBRARIES: tuple[str, ...] = ("-ltorch", "-ltorch_cpu", "-lc10")
+NVCC_FLAGS: tuple[str, ...] = ("-O3", "-std=c++17", "--expt-relaxed-constexpr")
 # Machine code for Ampere and Hopper, and PTX that the driver of any later GPU compiles.
-NVCC_FLAGS: tuple[str, ...] = (
-    "-O3",
-    "-std=c++17",
-    "--expt-relaxed-constexpr",
+NVCC_TARGETS: tuple[str, ...] = (
     *("-gencode", "arch=compute_80,code=sm_80"),
     *("-gencode", "arch=compute_90,code=sm_90"),
     *("-gencode", "arch=compute_90,code=compute_90"),
@@ -123,10 +121,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Cuda:
-    """What becomes of the CUDA kernels: ``nvcc`` compiles them, the C++ compiler does (emulated), or none does.
-
-    ``reason`` says why there are none, where one might expect them; else it is empty.
-    """
+    """What compiles the CUDA kernels: ``nvcc``, the C++ compiler (emulated), or nothing; ``reason`` may say why not."""
 
     nvcc: Compiler | None = None
     emulated: bool = False
@@ -146,11 +141,7 @@ def torch_settings() -> Torch:
 
 
 def emulation() -> str:
-    """What is emulated, for developers' tests: the value of ``TORCH_MTL_PYG_EMULATE``.
-
-    ``"1"``: AVX-512, by kernels compiled for AVX2. ``"cuda"``: a GPU, by CUDA kernels compiled for the CPU, which serve
-    CPU tensors. ``"0"``: nothing.
-    """
+    """``TORCH_MTL_PYG_EMULATE``, for tests: 0, 1 (AVX-512, on AVX2) or cuda (a GPU: its kernels serve CPU tensors)."""
     value = os.environ.get("TORCH_MTL_PYG_EMULATE", "") or "0"
     if value not in ("0", "1", "cuda"):
         raise BuildError(f"TORCH_MTL_PYG_EMULATE: expected 0, 1 or cuda, got {value!r}.")
@@ -171,9 +162,7 @@ def cuda_wanted() -> bool | None:
 
 
 def find_cuda(csrc: Path, torch: Torch) -> Cuda:
-    """Decides what becomes of the CUDA kernels. Starts no process.
-
-    nvcc compiles them if torch was built for CUDA or ``TORCH_MTL_PYG_CUDA=1``.
+    """Decides what becomes of the CUDA kernels: nvcc compiles them if torch has CUDA, or ``TORCH_MTL_PYG_CUDA=1``.
 
     Raises:
         BuildError: They were asked for and cannot be had.
@@ -251,7 +240,7 @@ def find_ninja() -> str:
 def source_hash(csrc: Path) -> str:
     """Hash of all that determines the library apart from torch and the compilers: sources, flags, emulation."""
     flags = (ISA_FLAGS, COMMON_FLAGS, LINK_FLAGS, LINK_LIBRARIES)
-    cuda_flags = (NVCC_FLAGS, CUDA_EMULATION_FLAGS, CUDA_LINK_LIBRARIES)
+    cuda_flags = (NVCC_FLAGS, NVCC_TARGETS, CUDA_EMULATION_FLAGS, CUDA_LINK_LIBRARIES)
     digest = hashlib.sha256(repr((flags, cuda_flags, emulation())).encode())
     for path in sorted(p for p in csrc.rglob("*") if p.suffix in SOURCE_SUFFIXES):
         content = path.read_bytes()
@@ -292,7 +281,7 @@ def build(output: Path, *, csrc: Path, for_this_cpu: bool = False) -> str:
         for_this_cpu: Leave out instruction sets that this CPU is known not to have: half of the time.
 
     Returns:
-        The `source_hash` of what was compiled.
+        The `source_hash` of what was compiled; after a space "cuda", if the library has CUDA kernels.
 
     Raises:
         BuildError: Tools are missing, a command failed, or a source was edited meanwhile.
@@ -307,26 +296,23 @@ def build(output: Path, *, csrc: Path, for_this_cpu: bool = False) -> str:
     before = source_hash(csrc)
     with tempfile.TemporaryDirectory(prefix="build-", dir=output.parent, ignore_cleanup_errors=True) as name:
         folder = Path(name)
-        chosen, defines = _select(
-            sources(csrc, cuda), compiler, folder, foreign_isas() if for_this_cpu else frozenset()
-        )
-        flags = [*COMMON_FLAGS, f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.cxx11_abi)}", *defines, f"-I{csrc}"]
+        foreign = foreign_isas() if for_this_cpu else frozenset()
+        chosen, defines = _select(sources(csrc, cuda), compiler, folder, foreign)
+        flags = [*COMMON_FLAGS, f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.cxx11_abi)}", *defines, *user_flags()]
         link = [*link_flags, f"-L{torch.lib}"]
         if cuda.nvcc:
             flags.append("-DMTL_WITH_CUDA")
             link += [*_cuda_folders(cuda.nvcc, folder), *CUDA_LINK_LIBRARIES]
         if cuda.emulated:
             link.append("-pthread")
-        for path in torch.include:
-            flags += ["-isystem", str(path)]
-        flags += user_flags()
-        text = _ninja_file(chosen, compiler, cuda, flags, [*link, *LINK_LIBRARIES])
+        include = [f"-I{csrc}", *(word for path in torch.include for word in ("-isystem", str(path)))]
+        text = _ninja_file(chosen, compiler, cuda, flags, include, [*link, *LINK_LIBRARIES])
         (folder / "build.ninja").write_text(text)
         _run([ninja, *_jobs()], folder, "The C++ sources did not compile.")
         if source_hash(csrc) != before:
             raise BuildError(f"The sources in {csrc} changed while they were compiled. Start again.")
         publish(folder / "library.so", output)
-    return before
+    return f"{before} cuda" if cuda.nvcc else before
 
 
 def publish(file: Path, target: Path) -> None:
@@ -394,39 +380,39 @@ def _select(
 def _cuda_folders(nvcc: Compiler, folder: Path) -> list[str]:
     """Where the linker finds the libraries of nvcc's CUDA."""
     (folder / "empty.cu").write_text("")
-    shown = _run(
-        [*nvcc.command, "--dryrun", "empty.cu"], folder, "nvcc does not start (TORCH_MTL_PYG_CUDA=0 does without)."
-    )
+    failure = "nvcc does not work (TORCH_MTL_PYG_CUDA=0 does without)."
+    shown = _run([*nvcc.command, "--dryrun", "empty.cu"], folder, failure)
     line = next((line for line in shown.splitlines() if line.startswith("#$ LIBRARIES=")), "")
     return [word for word in _split("nvcc --dryrun", line.partition("=")[2]) if word.startswith("-L")]
 
 
-def nvcc_command(nvcc: Compiler, compiler: Compiler, flags: Iterable[str]) -> list[str]:
-    """A call of nvcc with the flags of the C++ compiler, which compiles the host's side."""
-    words = list(flags)
-    programs = [word for word in compiler.command if not word.startswith("-")]
-    command = [*nvcc.command, "-ccbin", programs[-1], *NVCC_FLAGS]
-    for word in compiler.command:
-        if word.startswith("-"):
-            command.append(f"-Xcompiler={word}")
-    while words:
-        word = words.pop(0)
-        if word in ("-isystem", "-I", "-D"):
-            command += [word, words.pop(0)]
-        elif word.startswith(("-I", "-D")):
-            command.append(word)
-        elif not word.startswith(("-O", "-std=")) or word not in COMMON_FLAGS:
-            command.append(f"-Xcompiler={word}")
-    return command
+def nvcc_command(
+    nvcc: Compiler,
+    compiler: Compiler,
+    flags: Iterable[str],
+    include: Iterable[str],
+    targets: Iterable[str] = NVCC_TARGETS,
+) -> list[str]:
+    """A call of nvcc that compiles the host's side as the C++ compiler would with ``flags``."""
+    program = [word for word in compiler.command if not word.startswith("-")][-1]
+    flags = [*(word for word in compiler.command if word.startswith("-")), *flags]
+    # nvcc cuts these at commas, and hands them to a shell.
+    host = (f"-Xcompiler={shlex.quote(word)}".replace(",", "\\,") for word in flags)
+    return [*nvcc.command, "-ccbin", program, *NVCC_FLAGS, *targets, *include, *host]
 
 
 def _ninja_file(
-    chosen: Sequence[Source], compiler: Compiler, cuda: Cuda, flags: Sequence[str], link: Sequence[str]
+    chosen: Sequence[Source],
+    compiler: Compiler,
+    cuda: Cuda,
+    flags: Sequence[str],
+    include: Sequence[str],
+    link: Sequence[str],
 ) -> str:
     command = _shell(compiler.command)
     lines = [
         "rule compile",
-        f"  command = {command} {_shell(flags)} $own -c $source -o $out",
+        f"  command = {command} {_shell([*flags, *include])} $own -c $source -o $out",
         "  description = compile $out",
         "rule link",
         f"  command = {command} $in -o $out {_shell(link)}",
@@ -435,7 +421,7 @@ def _ninja_file(
     if cuda.nvcc:
         lines += [
             "rule compile_cuda",
-            f"  command = {_shell(nvcc_command(cuda.nvcc, compiler, flags))} -c $source -o $out",
+            f"  command = {_shell(nvcc_command(cuda.nvcc, compiler, flags, include))} -c $source -o $out",
             "  description = compile $out",
         ]
     objects = [f"{index}_{source.path.stem}.o" for index, source in enumerate(chosen)]
