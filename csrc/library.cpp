@@ -3,7 +3,22 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <string>
+
 #include "cpu/isa.h"
+
+namespace {
+
+// The devices there are kernels for; an op need not have them for all.
+std::string devices() {
+#ifdef MTL_WITH_CUDA
+  return "cpu,cuda";
+#else
+  return "cpu";
+#endif
+}
+
+}  // namespace
 
 STABLE_TORCH_LIBRARY(torch_mtl_pyg, m) {
   m.def("multi_head_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
@@ -52,13 +67,16 @@ STABLE_TORCH_LIBRARY(torch_mtl_pyg, m) {
       "Tensor? edge_weight, Tensor? factors, Tensor[] weights, Tensor[] root_weights, bool need_x, bool need_weight)"
       " -> (Tensor, Tensor)");
 
+  m.def("copy_rate(Tensor like, float seconds) -> float");
   m.def("multiply_add_rate(Tensor like, float seconds) -> float");
+  m.def("devices() -> str");
   m.def("isa() -> str");
   m.def("isas_available() -> str");
   m.def("set_isa(str name) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(torch_mtl_pyg, CompositeExplicitAutograd, m) {
+  m.impl("devices", TORCH_BOX(&devices));
   m.impl("isa", TORCH_BOX(&mtl::isa));
   m.impl("isas_available", TORCH_BOX(&mtl::isas_available));
   m.impl("set_isa", TORCH_BOX(&mtl::set_isa));

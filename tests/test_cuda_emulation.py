@@ -40,7 +40,14 @@ def compiled(name: str, folder: Path, *flags: str) -> Path:
     except _build.BuildError as error:
         pytest.skip(f"no C++ compiler: {error}")
     program = folder / name
-    command = [*compiler.command, "-x", "c++", "-std=c++17", "-O1", *_build.EMULATED_CUDA_FLAGS, f"-I{ROOT / 'csrc'}"]
+    command = [
+        *compiler.command,
+        "-std=c++17",
+        "-O1",
+        *_build.CUDA_EMULATION_FLAGS,
+        "-Wno-unknown-pragmas",
+        f"-I{ROOT / 'csrc'}",
+    ]
     done = subprocess.run(
         [*command, *flags, str(ROOT / "tests" / "cuda" / f"{name}.cu"), "-o", str(program)],
         capture_output=True,

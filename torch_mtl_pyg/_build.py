@@ -15,13 +15,13 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-# Every csrc/**/*.cpp is compiled, and with CUDA every csrc/cuda/*.cu by nvcc. A file named *_<isa>.cpp gets the flags
-# of that instruction set; on a CPU other than x86-64 only the files of the first row and those without a suffix are
-# compiled. Instruction sets are in rising order, which is also the link order (see `sources`).
+# Every csrc/**/*.cpp outside csrc/cuda/ is compiled; `find_cuda` decides on csrc/cuda/**/*.cu. A file named *_<isa>.cpp
+# gets the flags of that instruction set; on a CPU other than x86-64 only the files of the first row and those without a
+# suffix are compiled. Instruction sets are in rising order, which is also the link order (see `sources`).
 ISA_FLAGS: dict[str, tuple[str, ...]] = {
     "baseline": (),
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
@@ -53,20 +53,23 @@ LINK_FLAGS: dict[str, tuple[str, ...]] = {
     "darwin": ("-dynamiclib", "-undefined", "dynamic_lookup"),
 }
 LINK_LIBRARIES: tuple[str, ...] = ("-ltorch", "-ltorch_cpu", "-lc10")
-# Devices of compute capability 8.0 and 9.0, and what the driver compiles for later ones.
-CUDA_FLAGS: tuple[str, ...] = (
-    "-O3",
-    "-std=c++17",
-    "--expt-relaxed-constexpr",
-    "-gencode=arch=compute_80,code=sm_80",
-    "-gencode=arch=compute_90,code=[sm_90,compute_90]",
-    "-Xcompiler=-fPIC,-fvisibility=hidden",
-    "-DTORCH_TARGET_VERSION=0x020a000000000000",
-    "-DNDEBUG",
+NVCC_FLAGS: tuple[str, ...] = ("-O3", "-std=c++17", "--expt-relaxed-constexpr")
+# Machine code for Ampere and Hopper, and PTX that the driver of any later GPU compiles.
+NVCC_TARGETS: tuple[str, ...] = (
+    *("-gencode", "arch=compute_80,code=sm_80"),
+    *("-gencode", "arch=compute_90,code=sm_90"),
+    *("-gencode", "arch=compute_90,code=compute_90"),
 )
-# The CUDA runtime within the library: where torch has none, nothing is missing when it is loaded.
-CUDA_LIBRARIES: tuple[str, ...] = ("-lcudart_static", "-ldl", "-lrt", "-lpthread")
-EMULATED_CUDA_FLAGS: tuple[str, ...] = ("-DMTL_EMULATE_CUDA", "-Wno-unknown-pragmas", "-pthread")
+# nvcc itself reads these, so that a host compiler newer than it knows can be allowed, for instance.
+NVCC_VARIABLES: tuple[str, ...] = ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS")
+# What the emulator needs: the C++ compiler takes .cu files for C++, and blocks run on threads.
+CUDA_EMULATION_FLAGS: tuple[str, ...] = ("-x", "c++", "-DMTL_EMULATE_CUDA", "-pthread")
+# The runtime is part of the library, which therefore loads where there is no CUDA. libtorch, which names libtorch_cuda
+# where there is one, is kept though nothing needs it: the search for the function that gives the stream starts there.
+CUDA_LINK_LIBRARIES: tuple[str, ...] = (
+    *("-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed"),
+    *("-lcudart_static", "-ldl", "-lpthread", "-lrt"),
+)
 SOURCE_SUFFIXES: tuple[str, ...] = (".cpp", ".h", ".cu", ".cuh")
 
 _EMULATED_ISAS = ("avx512", "avx512_bf16")
@@ -100,7 +103,7 @@ class Torch:
     cxx11_abi: bool
     include: tuple[Path, ...]
     lib: Path
-    cuda: str | None = None
+    cuda: str | None = None  # the version of CUDA it was built for
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,20 @@ class Source:
 
     path: Path
     isa: str | None
+
+    @property
+    def cuda(self) -> bool:
+        """Whether it holds CUDA kernels."""
+        return self.path.suffix == ".cu"
+
+
+@dataclass(frozen=True)
+class Cuda:
+    """What compiles the CUDA kernels: ``nvcc``, the C++ compiler (emulated), or nothing; ``reason`` may say why not."""
+
+    nvcc: Compiler | None = None
+    emulated: bool = False
+    reason: str = ""
 
 
 def torch_settings() -> Torch:
@@ -124,15 +141,11 @@ def torch_settings() -> Torch:
 
 
 def emulation() -> str:
-    """What is compiled to run without its hardware (``TORCH_MTL_PYG_EMULATE``, for developers' tests).
-
-    ``"1"``: the wide kernels, for AVX2. ``"cuda"``: the CUDA kernels, for the CPU, in the place of the CPU's own.
-    ``""``: nothing.
-    """
-    value = os.environ.get("TORCH_MTL_PYG_EMULATE", "")
-    if value not in ("", "0", "1", "cuda"):
+    """``TORCH_MTL_PYG_EMULATE``, for tests: 0, 1 (AVX-512, on AVX2) or cuda (a GPU: its kernels serve CPU tensors)."""
+    value = os.environ.get("TORCH_MTL_PYG_EMULATE", "") or "0"
+    if value not in ("0", "1", "cuda"):
         raise BuildError(f"TORCH_MTL_PYG_EMULATE: expected 0, 1 or cuda, got {value!r}.")
-    return "" if value == "0" else value
+    return value
 
 
 def emulated() -> bool:
@@ -140,27 +153,48 @@ def emulated() -> bool:
     return emulation() == "1"
 
 
-def find_nvcc(torch: Torch) -> Compiler | None:
-    """Finds nvcc, if CUDA kernels are to be compiled; None if not. Starts no process.
-
-    They are where torch is a build for CUDA and nvcc is there. ``TORCH_MTL_PYG_CUDA=1`` asks for them in any case,
-    ``=0`` leaves them out. nvcc is that of ``CUDA_HOME`` or ``CUDA_PATH``, or else that in ``PATH``.
-
-    Raises:
-        BuildError: They were asked for, and there is no nvcc.
-    """
+def cuda_wanted() -> bool | None:
+    """Whether CUDA kernels were asked for (``TORCH_MTL_PYG_CUDA=1``) or forbidden (``=0``); None if neither."""
     value = os.environ.get("TORCH_MTL_PYG_CUDA", "")
     if value not in ("", "0", "1"):
         raise BuildError(f"TORCH_MTL_PYG_CUDA: expected 0 or 1, got {value!r}.")
-    if value == "0" or emulation() or (value == "" and torch.cuda is None):
-        return None
-    homes = [os.environ.get(name, "") for name in ("CUDA_HOME", "CUDA_PATH")]
-    for program in [*(os.path.join(home, "bin", "nvcc") for home in homes if home), "nvcc"]:
-        if found := shutil.which(program):
-            command = (os.path.realpath(found),)
-            return Compiler(command, _identity(command))
-    if value == "1":
-        raise BuildError("TORCH_MTL_PYG_CUDA=1, but nvcc was not found in CUDA_HOME, CUDA_PATH or PATH.")
+    return None if value == "" else value == "1"
+
+
+def find_cuda(csrc: Path, torch: Torch) -> Cuda:
+    """Decides what becomes of the CUDA kernels: nvcc compiles them if torch has CUDA, or ``TORCH_MTL_PYG_CUDA=1``.
+
+    Raises:
+        BuildError: They were asked for and cannot be had.
+    """
+    wanted = cuda_wanted()
+    if emulation() == "cuda":
+        if wanted:
+            raise BuildError("TORCH_MTL_PYG_CUDA=1 and TORCH_MTL_PYG_EMULATE=cuda exclude each other. Unset one.")
+        return Cuda(emulated=True)
+    if not any((csrc / "cuda").rglob("*.cu")):
+        return Cuda()
+    if wanted is False:
+        return Cuda(reason="It has no CUDA kernels: TORCH_MTL_PYG_CUDA=0.")
+    if not wanted and torch.cuda is None:
+        return Cuda()
+    if sys.platform != "linux":
+        reason = f"there is no build of them for the platform {sys.platform!r}, only for Linux"
+    elif program := _find_nvcc():
+        own = [os.environ.get(name, "") for name in NVCC_VARIABLES]
+        return Cuda(nvcc=Compiler((program,), " ".join([_identity([program]), *own])))
+    else:
+        reason = "nvcc was not found in CUDA_HOME, CUDA_PATH or PATH (install the CUDA toolkit, or set CUDA_HOME)"
+    if wanted:
+        raise BuildError(f"TORCH_MTL_PYG_CUDA=1, but there are no CUDA kernels: {reason}.")
+    return Cuda(reason=f"It has no CUDA kernels: {reason}.")
+
+
+def _find_nvcc() -> str | None:
+    homes = [os.path.join(home, "bin") for name in ("CUDA_HOME", "CUDA_PATH") if (home := os.environ.get(name))]
+    for path in (*homes, None):
+        if program := shutil.which("nvcc", path=path):
+            return os.path.abspath(program)
     return None
 
 
@@ -204,12 +238,10 @@ def find_ninja() -> str:
 
 
 def source_hash(csrc: Path) -> str:
-    """Hash of all that determines the library apart from torch and the compiler: sources, flags, emulation."""
-    digest = hashlib.sha256(
-        repr(
-            (ISA_FLAGS, COMMON_FLAGS, CUDA_FLAGS, EMULATED_CUDA_FLAGS, LINK_FLAGS, LINK_LIBRARIES, emulation())
-        ).encode()
-    )
+    """Hash of all that determines the library apart from torch and the compilers: sources, flags, emulation."""
+    flags = (ISA_FLAGS, COMMON_FLAGS, LINK_FLAGS, LINK_LIBRARIES)
+    cuda_flags = (NVCC_FLAGS, NVCC_TARGETS, CUDA_EMULATION_FLAGS, CUDA_LINK_LIBRARIES)
+    digest = hashlib.sha256(repr((flags, cuda_flags, emulation())).encode())
     for path in sorted(p for p in csrc.rglob("*") if p.suffix in SOURCE_SUFFIXES):
         content = path.read_bytes()
         digest.update(f"\0{path.relative_to(csrc).as_posix()}\0{len(content)}\0".encode())
@@ -217,16 +249,16 @@ def source_hash(csrc: Path) -> str:
     return digest.hexdigest()
 
 
-def sources(csrc: Path, cuda: bool = False) -> list[Source]:
-    """All files to compile, those with wider instruction sets last, and with ``cuda`` the kernels of CUDA.
+def sources(csrc: Path, cuda: Cuda = Cuda()) -> list[Source]:
+    """All files to compile, those with wider instruction sets last.
 
-    Emulated kernels of CUDA take the place of the CPU's: ``cpu/<op>.cpp`` is left out for ``cuda/<op>.cu``.
+    Where CUDA kernels are emulated, ``cuda/<op>.cu`` takes the place of ``cpu/<op>.cpp``: both serve CPU tensors.
 
     Where several objects hold the same inline function, the linker keeps the first one. This order makes that one
     the version which runs on every CPU.
     """
-    kernels = sorted((csrc / "cuda").glob("*.cu")) if cuda or emulation() == "cuda" else []
-    replaced = {csrc / "cpu" / f"{path.stem}.cpp" for path in kernels} if emulation() == "cuda" else set()
+    kernels = sorted((csrc / "cuda").rglob("*.cu")) if cuda.nvcc or cuda.emulated else []
+    replaced = {csrc / "cpu" / f"{path.stem}.cpp" for path in kernels} if cuda.emulated else set()
     found = [Source(path, None) for path in kernels]
     for path in sorted(csrc.rglob("*.cpp")):
         if path.relative_to(csrc).parts[0] != "cuda" and path not in replaced:
@@ -241,7 +273,7 @@ def build(output: Path, *, csrc: Path, for_this_cpu: bool = False) -> str:
     """Compiles the sources below ``csrc`` into the shared library ``output``.
 
     Works in a temporary folder beside ``output``, which is replaced in one step when all is done: it is never seen
-    half written. Reads ``CXX``, ``CXXFLAGS``, ``MAX_JOBS``, and what `find_nvcc` and `emulation` read.
+    half written. Reads ``CXX``, ``CXXFLAGS``, ``MAX_JOBS``, ``TORCH_MTL_PYG_CUDA`` and ``TORCH_MTL_PYG_EMULATE``.
 
     Args:
         output: The library to write. Its folder must exist.
@@ -249,7 +281,7 @@ def build(output: Path, *, csrc: Path, for_this_cpu: bool = False) -> str:
         for_this_cpu: Leave out instruction sets that this CPU is known not to have: half of the time.
 
     Returns:
-        The `source_hash` of what was compiled.
+        The `source_hash` of what was compiled; after a space "cuda", if the library has CUDA kernels.
 
     Raises:
         BuildError: Tools are missing, a command failed, or a source was edited meanwhile.
@@ -259,33 +291,28 @@ def build(output: Path, *, csrc: Path, for_this_cpu: bool = False) -> str:
     if link_flags is None:
         raise BuildError(f"There is no build for the platform {sys.platform!r}, only for Linux and macOS.")
     torch, compiler, ninja = torch_settings(), find_compiler(), find_ninja()
-    nvcc = find_nvcc(torch)
     csrc, output = csrc.resolve(), output.resolve()
+    cuda = find_cuda(csrc, torch)
     before = source_hash(csrc)
     with tempfile.TemporaryDirectory(prefix="build-", dir=output.parent, ignore_cleanup_errors=True) as name:
         folder = Path(name)
-        chosen, defines = _select(
-            sources(csrc, nvcc is not None), compiler, folder, foreign_isas() if for_this_cpu else frozenset()
-        )
-        shared = [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.cxx11_abi)}", *defines, f"-I{csrc}"]
-        for path in torch.include:
-            shared += ["-isystem", str(path)]
-        flags = [*COMMON_FLAGS, *shared, *user_flags()]
-        link = [*link_flags, f"-L{torch.lib}", *LINK_LIBRARIES]
-        rules = {
-            ".cpp": [*compiler.command, *flags],
-            ".cu": [*compiler.command, *flags, "-x", "c++", *EMULATED_CUDA_FLAGS],
-        }
-        if nvcc is not None:
-            rules[".cu"] = [*nvcc.command, f"-ccbin={compiler.command[0]}", *CUDA_FLAGS, *shared]
-            link += [f"-L{Path(nvcc.command[0]).parents[1] / 'lib64'}", *CUDA_LIBRARIES]
-        text = _ninja_file(chosen, compiler, rules, link)
+        foreign = foreign_isas() if for_this_cpu else frozenset()
+        chosen, defines = _select(sources(csrc, cuda), compiler, folder, foreign)
+        flags = [*COMMON_FLAGS, f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.cxx11_abi)}", *defines, *user_flags()]
+        link = [*link_flags, f"-L{torch.lib}"]
+        if cuda.nvcc:
+            flags.append("-DMTL_WITH_CUDA")
+            link += [*_cuda_folders(cuda.nvcc, folder), *CUDA_LINK_LIBRARIES]
+        if cuda.emulated:
+            link.append("-pthread")
+        include = [f"-I{csrc}", *(word for path in torch.include for word in ("-isystem", str(path)))]
+        text = _ninja_file(chosen, compiler, cuda, flags, include, [*link, *LINK_LIBRARIES])
         (folder / "build.ninja").write_text(text)
         _run([ninja, *_jobs()], folder, "The C++ sources did not compile.")
         if source_hash(csrc) != before:
             raise BuildError(f"The sources in {csrc} changed while they were compiled. Start again.")
         publish(folder / "library.so", output)
-    return before
+    return f"{before} cuda" if cuda.nvcc else before
 
 
 def publish(file: Path, target: Path) -> None:
@@ -350,34 +377,67 @@ def _select(
     return [source for source in found if source.isa not in missing], defines
 
 
+def _cuda_folders(nvcc: Compiler, folder: Path) -> list[str]:
+    """Where the linker finds the libraries of nvcc's CUDA."""
+    (folder / "empty.cu").write_text("")
+    failure = "nvcc does not work (TORCH_MTL_PYG_CUDA=0 does without)."
+    shown = _run([*nvcc.command, "--dryrun", "empty.cu"], folder, failure)
+    line = next((line for line in shown.splitlines() if line.startswith("#$ LIBRARIES=")), "")
+    return [word for word in _split("nvcc --dryrun", line.partition("=")[2]) if word.startswith("-L")]
+
+
+def nvcc_command(
+    nvcc: Compiler,
+    compiler: Compiler,
+    flags: Iterable[str],
+    include: Iterable[str],
+    targets: Iterable[str] = NVCC_TARGETS,
+) -> list[str]:
+    """A call of nvcc that compiles the host's side as the C++ compiler would with ``flags``."""
+    program = [word for word in compiler.command if not word.startswith("-")][-1]
+    flags = [*(word for word in compiler.command if word.startswith("-")), *flags]
+    # nvcc cuts these at commas, and hands them to a shell.
+    host = (f"-Xcompiler={shlex.quote(word)}".replace(",", "\\,") for word in flags)
+    return [*nvcc.command, "-ccbin", program, *NVCC_FLAGS, *targets, *include, *host]
+
+
 def _ninja_file(
-    chosen: Sequence[Source], compiler: Compiler, rules: Mapping[str, Sequence[str]], link: Sequence[str]
+    chosen: Sequence[Source],
+    compiler: Compiler,
+    cuda: Cuda,
+    flags: Sequence[str],
+    include: Sequence[str],
+    link: Sequence[str],
 ) -> str:
-    lines = []
-    for suffix, command in rules.items():
-        lines += [
-            f"rule compile{suffix}",
-            f"  command = {_shell(command)} $isa -c $source -o $out",
-            "  description = compile $out",
-        ]
-    lines += [
+    command = _shell(compiler.command)
+    lines = [
+        "rule compile",
+        f"  command = {command} {_shell([*flags, *include])} $own -c $source -o $out",
+        "  description = compile $out",
         "rule link",
-        f"  command = {_shell(compiler.command)} $in -o $out {_shell(link)}",
+        f"  command = {command} $in -o $out {_shell(link)}",
         "  description = link $out",
     ]
+    if cuda.nvcc:
+        lines += [
+            "rule compile_cuda",
+            f"  command = {_shell(nvcc_command(cuda.nvcc, compiler, flags, include))} -c $source -o $out",
+            "  description = compile $out",
+        ]
     objects = [f"{index}_{source.path.stem}.o" for index, source in enumerate(chosen)]
     # The kernels, which take longest, first.
     for name, source in reversed(list(zip(objects, chosen, strict=True))):
         lines += [
-            f"build {_path(name)}: compile{source.path.suffix} {_path(str(source.path))}",
+            f"build {_path(name)}: compile{'_cuda' if source.cuda and cuda.nvcc else ''} {_path(str(source.path))}",
             f"  source = {_shell([str(source.path)])}",
-            f"  isa = {_shell(isa_flags(source.isa) if source.isa else ())}",
+            f"  own = {_shell(CUDA_EMULATION_FLAGS if source.cuda else isa_flags(source.isa) if source.isa else ())}",
         ]
     lines += [f"build library.so: link {' '.join(map(_path, objects))}", "default library.so", ""]
     return "\n".join(lines)
 
 
-def _run(command: Sequence[str], folder: Path, failure: str) -> None:
+def _run(command: Sequence[str], folder: Path, failure: str) -> str:
+    """Runs a command to its end, and returns what it printed."""
     # A job server of a surrounding make is of no use: its descriptors are not passed on.
     environment = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MFLAGS")}
     try:
@@ -395,6 +455,7 @@ def _run(command: Sequence[str], folder: Path, failure: str) -> None:
         raise BuildError(f"{failure} {shlex.join(command)} could not be started: {error}.") from error
     if done.returncode != 0:
         raise BuildError(f"{failure} Exit status {done.returncode} of: {shlex.join(command)}", done.stdout)
+    return done.stdout
 
 
 def _jobs() -> list[str]:

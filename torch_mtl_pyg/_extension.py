@@ -133,11 +133,18 @@ def _prebuilt() -> tuple[Path, str]:
     if not path.is_file():
         raise _CannotLoad("")
     if csrc is not None:
-        built_from = stamp.read_text().strip() if stamp.is_file() else "unknown sources"
+        built_from, _, devices = (stamp.read_text() if stamp.is_file() else "unknown").strip().partition(" ")
         if built_from != _build.source_hash(csrc):
             raise _CannotLoad(
                 f"The prebuilt library {path} was not used: it was built from other sources or flags than those in "
                 f"{csrc} (build it again with: pip install -e . --no-build-isolation)."
+            )
+        # Without an order it is used as it is, be it built where there was a CUDA or where there was none.
+        if _build.cuda_wanted() not in (None, devices == "cuda"):
+            has = "has" if devices == "cuda" else "has no"
+            raise _CannotLoad(
+                f"The prebuilt library {path} was not used: it {has} CUDA kernels, and "
+                f"TORCH_MTL_PYG_CUDA={os.environ['TORCH_MTL_PYG_CUDA']}."
             )
     try:
         _load_library(path)
@@ -179,7 +186,7 @@ def _jit() -> tuple[Path, str]:
         _load_library(found)
     except _CannotLoad as error:
         raise _CannotLoad(f"{found} was built, but cannot be used: {error}. Remove it to build it again.") from error
-    return found, how
+    return found, " ".join(filter(None, [how, _build.find_cuda(csrc, _build.torch_settings()).reason]))
 
 
 def _cpu() -> str:
@@ -197,13 +204,13 @@ def _cpu() -> str:
 def _key(csrc: Path) -> str:
     """Hash of all that determines the library. Starts no process."""
     settings = _build.torch_settings()
-    nvcc = _build.find_nvcc(settings)
+    cuda = _build.find_cuda(csrc, settings)
     parts = {
         "sources": _build.source_hash(csrc),
         "torch": [settings.version, settings.cxx11_abi],
         "compiler": _build.find_compiler().identity,
         "CXXFLAGS": _build.user_flags(),
-        "nvcc": nvcc and nvcc.identity,
+        "cuda": [cuda.emulated, cuda.nvcc and cuda.nvcc.identity],
         "machine": [sys.platform, platform.machine(), _cpu(), _libc()],
     }
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]

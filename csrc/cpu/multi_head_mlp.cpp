@@ -429,8 +429,8 @@ Results multi_head_mlp_loss(const Tensor& x, const std::vector<Tensor>& weights,
   check_cpu_matrix(x, "x", type);
   STD_TORCH_CHECK(!route.has_value() || targets.size() == 1, "targets: expected 1 tensor for routed rows, got ",
                   targets.size());
-  const Tasks tasks = route.has_value() ? Tasks(integers, reals, targets[0], x)
-                                        : Tasks(integers, reals, targets, x, type);
+  const Tasks tasks =
+      route.has_value() ? Tasks(integers, reals, targets[0], x) : Tasks(integers, reals, targets, x, type);
   const Layers layers(x, weights, biases, tasks, seed, act, dropout);
   const int64_t count = layers.tasks;
   STD_TORCH_CHECK(task_weight.is_cpu() && task_weight.dim() == 1 && task_weight.size(0) == count &&

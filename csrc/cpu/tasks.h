@@ -41,8 +41,8 @@ struct Tasks {
   // enough of them is to be checked for the tasks that occur.
   Tasks(const Tensor& integers, const Tensor& reals, const Tensor& y, const Tensor& x) : n(x.size(0)) {
     read_specs(integers, &reals);
-    STD_TORCH_CHECK(beside(y, x) && (y.dim() == 1 || y.dim() == 2) && y.size(0) == n,
-                    "targets: expected a tensor [", n, "] or [", n, ", W] on the device of x");
+    STD_TORCH_CHECK(beside(y, x) && (y.dim() == 1 || y.dim() == 2) && y.size(0) == n, "targets: expected a tensor [", n,
+                    "] or [", n, ", W] on the device of x");
     for (TaskSpec& task : specs) {
       STD_TORCH_CHECK(task.loss != Loss::kOutside, "integers: expected no gradients from outside for routed rows");
       if (task.loss == Loss::kNone) continue;

@@ -39,7 +39,7 @@ struct Tf32 {};
 #ifdef __CUDACC__
 
 // Dynamic shared memory of the kernel as an array of T.
-#define MTL_DYNAMIC_SHARED(T, name)                               \
+#define MTL_DYNAMIC_SHARED(T, name)                              \
   extern __shared__ __align__(16) unsigned char name##_memory[]; \
   T* const name = reinterpret_cast<T*>(name##_memory)
 
@@ -81,10 +81,11 @@ __device__ inline uint32_t to_tf32(float v) {
   return bits;
 }
 
-#define MTL_MMA(shape, types)                                                                             \
-  asm volatile("mma.sync.aligned." shape ".row.col.f32." types ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, " \
-               "{%0,%1,%2,%3};"                                                                           \
-               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                           \
+#define MTL_MMA(shape, types)                                   \
+  asm volatile("mma.sync.aligned." shape ".row.col.f32." types  \
+               ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "   \
+               "{%0,%1,%2,%3};"                                 \
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
 __device__ inline void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], BFloat16) {
   MTL_MMA("m16n8k16", "bf16.bf16");
@@ -97,9 +98,7 @@ __device__ inline void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t
 }
 #undef MTL_MMA
 
-__device__ inline uint32_t shared_address(const void* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
+__device__ inline uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 // Lanes 0 to 7 give the rows of the first matrix, 8 to 15 those of the second, ...: 16 bytes each, at 16 bytes.
 __device__ inline void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"

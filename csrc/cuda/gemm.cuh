@@ -34,8 +34,7 @@ struct GemmShape {
 };
 
 template <class Engine, class Out, int M, int N, bool kTransposedA, bool kTransposedB>
-__global__ void __launch_bounds__(kThreads, 1)
-    gemm_kernel(GemmJob<typename Engine::Element, Out> job) {
+__global__ void __launch_bounds__(kThreads, 1) gemm_kernel(GemmJob<typename Engine::Element, Out> job) {
   using Element = typename Engine::Element;
   using Shape = GemmShape<Engine, Out, M, N, kTransposedA, kTransposedB>;
   MTL_DYNAMIC_SHARED(Element, memory);

@@ -1,11 +1,14 @@
-// What the host code of the ops on CUDA shares: checks, memory, streams. Emulated, tensors are those of the CPU.
+// What host code of the .cu files shares: the dispatch key, the stream, checks, new tensors, launches that are looked
+// at. Compiled by nvcc for tensors on a GPU, and with the emulator by the C++ compiler for CPU tensors.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
+#include <cstring>
 #include <vector>
 
 #include "../common/checks.h"
@@ -15,71 +18,129 @@
 #define MTL_CUDA_KEY CPU
 #else
 #define MTL_CUDA_KEY CUDA
-// Weak: a torch without CUDA does not have it, and loads the same library.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
-                                                                                  void** ret_stream);
+// In libtorch_cuda alone. Weak, so that one library loads with a torch for the CPU too.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 #endif
 
 namespace mtl::cuda {
 
 #ifdef MTL_EMULATE_CUDA
 constexpr bool kEmulated = true;
-inline cudaStream_t stream_of(const Tensor&) { return nullptr; }
-struct DeviceGuard {
-  explicit DeviceGuard(const Tensor&) {}
-};
-inline bool on_device(const Tensor& t) { return t.is_cpu(); }
-inline int64_t multiprocessors(const Tensor&) { return 3; }
-inline int64_t max_shared(const Tensor&) { return emulated::kMostShared; }
 #else
 constexpr bool kEmulated = false;
-inline cudaStream_t stream_of(const Tensor& t) {
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream, "torch: expected a build with CUDA");
-  void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
-  return static_cast<cudaStream_t>(stream);
-}
-struct DeviceGuard : torch::stable::accelerator::DeviceGuard {
-  explicit DeviceGuard(const Tensor& t) : torch::stable::accelerator::DeviceGuard(t.get_device_index()) {}
-};
-inline bool on_device(const Tensor& t) { return t.is_cuda(); }
-inline int64_t attribute(const Tensor& t, cudaDeviceAttr which) {
-  int value = 0;
-  STD_TORCH_CHECK(cudaDeviceGetAttribute(&value, which, t.get_device_index()) == cudaSuccess,
-                  "CUDA: the device's attributes cannot be read");
-  return value;
-}
-inline int64_t multiprocessors(const Tensor& t) { return attribute(t, cudaDevAttrMultiProcessorCount); }
-inline int64_t max_shared(const Tensor& t) { return attribute(t, cudaDevAttrMaxSharedMemoryPerBlockOptin); }
 #endif
 
-inline void check_launch(cudaError_t error, const char* op) {
-  STD_TORCH_CHECK(error == cudaSuccess, op, ": a kernel could not be launched: ", cudaGetErrorString(error));
+// Whether kernels can read t.
+inline bool on_device(const Tensor& t) { return kEmulated ? t.is_cpu() : t.is_cuda(); }
+
+// `like`: the tensor whose device is that of the op; an op's first tensor is its own.
+inline void check_device(const Tensor& t, const char* name, const Tensor& like) {
+  STD_TORCH_CHECK(on_device(t), name, kEmulated ? ": expected a CPU tensor" : ": expected a CUDA tensor");
+  STD_TORCH_CHECK(t.get_device_index() == like.get_device_index(), name, ": expected a tensor on device ",
+                  like.get_device_index(), ", got one on device ", t.get_device_index());
 }
 
-inline void check_device_matrix(const Tensor& t, const char* name, DType type, const Tensor& x) {
-  STD_TORCH_CHECK(on_device(t) && beside(t, x), name, ": expected a tensor on the device of x");
+inline void check_device_matrix(const Tensor& t, const char* name, DType type, const Tensor& like) {
+  check_device(t, name, like);
   STD_TORCH_CHECK(t.dim() == 2, name, ": expected a matrix, got ", t.dim(), " dimensions");
   STD_TORCH_CHECK(dtype_of(t, name) == type, name, ": expected the dtype of x, got another");
 }
-inline void check_device_vector(const Tensor& t, const char* name, DType type, const Tensor& x, int64_t size) {
-  STD_TORCH_CHECK(on_device(t) && beside(t, x) && t.dim() == 1 && dtype_of(t, name) == type, name,
-                  ": expected a vector of the dtype of x, on its device");
-  STD_TORCH_CHECK(t.size(0) == size, name, ": size of dimension 0: expected ", size, ", got ", t.size(0));
+
+inline void check_device_vector(const Tensor& t, const char* name, DType type, const Tensor& like, int64_t size) {
+  check_device(t, name, like);
+  STD_TORCH_CHECK(t.dim() == 1, name, ": expected a vector, got ", t.dim(), " dimensions");
+  STD_TORCH_CHECK(dtype_of(t, name) == type, name, ": expected the dtype of x, got another");
+  STD_TORCH_CHECK(t.size(0) == size, name, ": expected ", size, " entries, got ", t.size(0));
 }
 
-// A new contiguous tensor of at most two dimensions on the device of another.
+inline void check_launch(cudaError_t error, const char* what) {
+  STD_TORCH_CHECK(error == cudaSuccess, what, ": CUDA error: ", cudaGetErrorString(error));
+}
+
+// The stream that is current for the device of t.
+inline cudaStream_t stream_of(const Tensor& t) {
+#ifdef MTL_EMULATE_CUDA
+  static_cast<void>(t);
+  return nullptr;
+#else
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "The torch in this process has no CUDA");
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+  return static_cast<cudaStream_t>(stream);
+#endif
+}
+
+// Makes the device of t current while it lives.
+class DeviceGuard {
+ public:
+#ifdef MTL_EMULATE_CUDA
+  explicit DeviceGuard(const Tensor&) {}
+  ~DeviceGuard() {}  // not trivial: a guard that is only declared is no unused variable
+#else
+  explicit DeviceGuard(const Tensor& t) : guard_(t.get_device_index()) {}
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+#endif
+};
+
+// A contiguous tensor on the device of `like`. Through the C function itself, as in cpu/host.h.
 inline Tensor empty_on(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
-  int64_t strides[2] = {1, 1};
-  if (sizes.size() == 2) strides[0] = sizes[1] > 1 ? sizes[1] : 1;
-  const auto type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
-  const int32_t kind = kEmulated ? aoti_torch_device_type_cpu() : aoti_torch_device_type_cuda();
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides,
-                                                         type, kind, kEmulated ? 0 : like.get_device_index(),
-                                                         &handle));
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t i = sizes.size(); i-- > 0; stride *= std::max<int64_t>(1, sizes[i])) strides[i] = stride;
+  int32_t device_type = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                               torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type,
+                               like.get_device_index(), &handle));
   return Tensor(handle);
 }
+
+// Sets bytes of device memory to zero, in the order of the stream.
+inline void clear(void* data, size_t bytes, cudaStream_t stream, const char* what) {
+  if (bytes == 0) return;
+#ifdef MTL_EMULATE_CUDA
+  static_cast<void>(stream), static_cast<void>(what);
+  std::memset(data, 0, bytes);
+#else
+  check_launch(cudaMemsetAsync(data, 0, bytes, stream), what);
+#endif
+}
+
+// As empty_on, filled with zeros in the order of the stream that is current.
+inline Tensor zeros_on(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
+  Tensor t = empty_on(like, sizes, dtype);
+  clear(t.mutable_data_ptr(), static_cast<size_t>(t.numel()) * static_cast<size_t>(t.element_size()), stream_of(like),
+        "zeros_on");
+  return t;
+}
+
+// Waits for all that the stream has to do.
+inline void synchronize(cudaStream_t stream, const char* what) {
+#ifdef MTL_EMULATE_CUDA
+  static_cast<void>(stream), static_cast<void>(what);  // launches return when they are done
+#else
+  check_launch(cudaStreamSynchronize(stream), what);
+#endif
+}
+
+#ifdef MTL_EMULATE_CUDA
+inline int multiprocessors(const Tensor&) { return 4; }
+inline int64_t max_shared(const Tensor&) { return 227 << 10; }
+#else
+// Not kept: the runtime itself answers from memory, in less time than a lock would take.
+inline int device_attribute(const Tensor& t, cudaDeviceAttr attribute) {
+  int value = 0;
+  check_launch(cudaDeviceGetAttribute(&value, attribute, t.get_device_index()), "cudaDeviceGetAttribute");
+  return value;
+}
+inline int multiprocessors(const Tensor& t) { return device_attribute(t, cudaDevAttrMultiProcessorCount); }
+// Bytes of shared memory a block may have once `allow_shared` has been called.
+inline int64_t max_shared(const Tensor& t) { return device_attribute(t, cudaDevAttrMaxSharedMemoryPerBlockOptin); }
+#endif
 
 // A matrix as the kernels read it.
 template <class T>

@@ -58,8 +58,8 @@ __device__ inline bool can_have(const DeviceTask& task, double v) {
   }
 }
 
-// No host waits for a launch, so that a label out of range ends the kernel, as it does in PyTorch's own losses; where the
-// kernel is emulated, the host looks at `wrong`.
+// No host waits for a launch, so that a label out of range ends the kernel, as it does in PyTorch's own losses; where
+// the kernel is emulated, the host looks at `wrong`.
 __device__ inline void report_label(int* wrong, int64_t t) {
   atomicCAS(wrong, 0, static_cast<int>(t) + 1);
 #ifdef __CUDA_ARCH__
@@ -155,10 +155,9 @@ __global__ void __launch_bounds__(kThreads)
 
 // Losses of the tasks and their weighted sum, from the parts of the blocks in order. One block.
 template <class T>
-__global__ void __launch_bounds__(kThreads) finish_losses_kernel(int64_t tasks, const double* parts, int64_t blocks,
-                                                                 int64_t task_step, int64_t block_step,
-                                                                 const double* norm, const double* weight, T* per_task,
-                                                                 T* total, double* means) {
+__global__ void __launch_bounds__(kThreads)
+    finish_losses_kernel(int64_t tasks, const double* parts, int64_t blocks, int64_t task_step, int64_t block_step,
+                         const double* norm, const double* weight, T* per_task, T* total, double* means) {
   for (int64_t t = threadIdx.x; t < tasks; t += kThreads) {
     double sum = 0;
     for (int64_t b = 0; b < blocks; ++b) sum += parts[t * task_step + b * block_step];

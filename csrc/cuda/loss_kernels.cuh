@@ -1,5 +1,5 @@
-// Losses from logits: in one kernel with the heads and all gradients where those fit a block, else from logits in global
-// memory. The limits are worked out in csrc/README.md.
+// Losses from logits: in one kernel with the heads and all gradients where those fit a block, else from logits in
+// global memory. The limits are worked out in csrc/README.md.
 #pragma once
 
 #include "gemm.cuh"
@@ -84,8 +84,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   Element* const weight = reinterpret_cast<Element*>(memory);
   Element* const tiles = weight + K * Shape::kWeightRow;
   Sum* const z = reinterpret_cast<Sum*>(memory + Shape::kWeights + 2 * Shape::kTile);
-  Element* const g = Shape::kOne ? reinterpret_cast<Element*>(z)
-                                 : reinterpret_cast<Element*>(memory + Shape::kWeights + 2 * Shape::kTile + Shape::kLogits);
+  Element* const g = Shape::kOne
+                         ? reinterpret_cast<Element*>(z)
+                         : reinterpret_cast<Element*>(memory + Shape::kWeights + 2 * Shape::kTile + Shape::kLogits);
   double* const losses =
       reinterpret_cast<double*>(memory + Shape::kWeights + 2 * Shape::kTile + Shape::kLogits + Shape::kGradients);
   Sum* const bias = reinterpret_cast<Sum*>(losses + Shape::kSteps * K);
@@ -194,9 +195,9 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 // ---- G[i, j] = sum over the block of S * P, for the tasks i of some rows and all j. A warp a pair of tasks.
 template <class Sum>
-__global__ void __launch_bounds__(kThreads) gramian_kernel(const DeviceTask* tasks, int64_t task_count, int64_t first,
-                                                           int64_t last, int64_t k, const Sum* s, const Sum* p,
-                                                           Sum* gramian) {
+__global__ void __launch_bounds__(kThreads)
+    gramian_kernel(const DeviceTask* tasks, int64_t task_count, int64_t first, int64_t last, int64_t k, const Sum* s,
+                   const Sum* p, Sum* gramian) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int64_t begin = tasks[first].begin;
   const int64_t pairs = (last - first) * task_count, step = static_cast<int64_t>(gridDim.x) * kWarps;

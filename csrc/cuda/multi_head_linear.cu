@@ -100,10 +100,9 @@ std::tuple<Tensor, Tensor, Tensor> multi_head_linear_backward(const std::vector<
     using Sum = typename Engine::Sum;
     const auto g = view<T>(grad);
     if (need_x)
-      check_launch(
-          gemm<Engine, T, false, true>(
-              {g, view<T>(weight), nullptr, 0, static_cast<T*>(dx.mutable_data_ptr()), n, d, k}, 1, stream),
-          name);
+      check_launch(gemm<Engine, T, false, true>(
+                       {g, view<T>(weight), nullptr, 0, static_cast<T*>(dx.mutable_data_ptr()), n, d, k}, 1, stream),
+                   name);
     const int64_t slices = row_slices(n, k, d);
     if (need_weight && k * d > 0) {
       Tensor parts = empty_on(x, {slices, k * d}, wide);

@@ -150,8 +150,7 @@ struct Run {
     const auto finish = [&](int64_t block_count) {
       check_launch(launch(finish_losses_kernel<Sum>, dim3(1), dim3(kThreads), 0, stream, count,
                           static_cast<const double*>(job.loss_parts), block_count, int64_t(1), count,
-                          static_cast<const double*>(norm), weight,
-                          static_cast<Sum*>(call.per_task.mutable_data_ptr()),
+                          static_cast<const double*>(norm), weight, static_cast<Sum*>(call.per_task.mutable_data_ptr()),
                           static_cast<Sum*>(call.total.mutable_data_ptr()), means),
                    kName);
     };
@@ -184,7 +183,8 @@ struct Run {
     sums_.make(call.x);
     const auto kernel = fused_loss_kernel<Engine, K, D>;
     check_launch(allow_shared(kernel, Shape::kShared), kName);
-    check_launch(launch(kernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), Shape::kShared, stream, job), kName);
+    check_launch(launch(kernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), Shape::kShared, stream, job),
+                 kName);
     if (call.need_weight) add_up(job.weight_parts, blocks, k * d, call.dw);
     if (call.need_bias) add_up(job.bias_parts, blocks, k, call.db);
     fused_parts_ = blocks;
@@ -235,8 +235,8 @@ struct Run {
     return blocks;
   }
 
-  // G = blockwise sum of (g^T g) * (W W^T), for as many tasks at a time as keep both below 2^24 numbers. The gradients are
-  // not rounded: what cancels in a sum over the rows would otherwise be lost.
+  // G = blockwise sum of (g^T g) * (W W^T), for as many tasks at a time as keep both below 2^24 numbers. The gradients
+  // are not rounded: what cancels in a sum over the rows would otherwise be lost.
   void gramian(const View<Sum>& gradients) {
     using Wide = std::conditional_t<sizeof(Sum) == 8, Exact64, Exact32>;
     const int64_t rows = std::max<int64_t>(1, (int64_t(1) << 24) / k);
@@ -261,9 +261,11 @@ struct Run {
       rows_of.data += begin * rows_of.row_stride;
       rows_of.rows = width;
       rows_of.aligned = rows_of.aligned && reinterpret_cast<uintptr_t>(rows_of.data) % 16 == 0;
-      check_launch(gemm<Wide, Sum, true, true>({own, gradients, nullptr, 0, parts, width, k, n}, slices, stream), kName);
+      check_launch(gemm<Wide, Sum, true, true>({own, gradients, nullptr, 0, parts, width, k, n}, slices, stream),
+                   kName);
       check_launch(sum_parts(parts, slices, width * k, s, stream), kName);
-      check_launch(gemm<Engine, Sum, false, false>({rows_of, job.weight, nullptr, 0, p, width, k, d}, 1, stream), kName);
+      check_launch(gemm<Engine, Sum, false, false>({rows_of, job.weight, nullptr, 0, p, width, k, d}, 1, stream),
+                   kName);
       const int64_t pairs = (last - first) * count;
       const auto blocks = static_cast<unsigned>(std::clamp<int64_t>((pairs + kWarps - 1) / kWarps, 1, 65536));
       check_launch(launch(gramian_kernel<Sum>, dim3(blocks), dim3(kThreads), 0, stream, job.tasks, count, first, last,

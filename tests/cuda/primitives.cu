@@ -1,5 +1,5 @@
-// What device.cuh promises, one program: `primitives NAME` prints the largest error and ends with 1 if there is one. The
-// names that begin with "no_" lack something on purpose: in one of the orders of the emulator they have to fail.
+// What device.cuh promises, one program: `primitives NAME` prints the largest error and ends with 1 if there is one.
+// The names that begin with "no_" lack something on purpose: in one of the orders of the emulator they have to fail.
 #include <cstdlib>
 #include <string>
 #include <vector>
@@ -132,7 +132,8 @@ __global__ void votes(int* out) {
   const int from = __shfl_sync(0xffffffffu, lane, 5), in_eight = __shfl_xor_sync(0xffffffffu, lane, 7, 8);
   int low = -1;
   if (lane < 16) low = __shfl_xor_sync(0x0000ffffu, lane, 1);
-  const int count = __syncthreads_count(t % 3 == 0), every = __syncthreads_and(t >= 0), some = __syncthreads_or(t == 999);
+  const int count = __syncthreads_count(t % 3 == 0), every = __syncthreads_and(t >= 0),
+            some = __syncthreads_or(t == 999);
   const bool good = odd == 0xaaaaaaaau && any == 1 && all == 1 && down == (lane < 29 ? lane + 3 : lane) &&
                     up == (lane < 3 ? lane : lane - 3) && from == 5 && in_eight == (lane ^ 7) &&
                     (lane >= 16 || low == (lane ^ 1)) && count == 22 && every == 1 && some == 0 && __popc(odd) == 16;

@@ -1,6 +1,6 @@
 """The ops: one file each, with the maths, the checks, and what PyTorch has to know about it."""
 
-from . import _aggregate, _aggregate_linear
+from . import _aggregate, _aggregate_linear, _dispatch
 from . import group_edges as _group_edges
 from . import grouped_linear as _grouped_linear
 from . import multi_head_linear as _multi_head_linear
@@ -35,6 +35,7 @@ __all__ = [
 
 def register() -> None:
     """Tells PyTorch the shapes, derivatives and autocast rules of the compiled ops. Called once they are loaded."""
+    _dispatch.register()
     _group_edges.register()
     _aggregate.register()
     _aggregate_linear.register()

@@ -11,11 +11,20 @@ from torch.autograd import forward_ad
 from .. import backend
 from ._checks import check_floating, check_same
 
+# Devices the compiled library has kernels for, as it says itself once loaded. "meta" tensors only need shapes.
+FUSED_DEVICES: tuple[str, ...] = ("cpu", "meta")
+
 LIBRARY = torch.library.Library("torch_mtl_pyg", "FRAGMENT")
 # Tensors of torch.autograd.grad(..., is_grads_batched=True).
 is_batched = torch._C._functorch.is_legacy_batchedtensor
 
 _warned: set[tuple[str, str]] = set()
+
+
+def register() -> None:
+    """Asks the compiled library for its devices."""
+    global FUSED_DEVICES
+    FUSED_DEVICES = (*torch.ops.torch_mtl_pyg.devices().split(","), "meta")
 
 
 def runs_fused(device: str, op: str) -> bool:
@@ -26,7 +35,7 @@ def runs_fused(device: str, op: str) -> bool:
     """
     if not backend.resolve():
         return False
-    if device in ("cpu", "meta") or _has_kernels(device, op):  # "meta" tensors only need shapes
+    if device in FUSED_DEVICES and (device != "cuda" or _has_cuda_kernels(op)):
         return True
     message = f"torch_mtl_pyg has no compiled kernels of {op} for the device {device!r}"
     if backend.choice() == "fused":
@@ -39,10 +48,8 @@ def runs_fused(device: str, op: str) -> bool:
 
 # Dynamo takes the answer as a constant: a loaded library keeps its kernels.
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _has_kernels(device: str, op: str) -> bool:
-    return device == "cuda" and bool(
-        torch._C._dispatch_has_kernel_for_dispatch_key(f"torch_mtl_pyg::{op}", device.upper())
-    )
+def _has_cuda_kernels(op: str) -> bool:
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"torch_mtl_pyg::{op}", "CUDA"))
 
 
 def autocasts(device_type: str) -> bool:

@@ -44,9 +44,9 @@ struct Fiber {
   State state = State::kReady;
   int index = 0;
   uint3 thread{};
-  uint32_t mask = 0;      // whom it waits for in its warp
+  uint32_t mask = 0;       // whom it waits for in its warp
   unsigned exchanges = 0;  // how many values it has exchanged with its warp
-  int predicate = 0;      // of __syncthreads_count and its like
+  int predicate = 0;       // of __syncthreads_count and its like
   int group = 0;
   std::vector<Copy> copies;
   char* stack = nullptr;

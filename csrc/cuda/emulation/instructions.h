@@ -36,7 +36,8 @@ inline float to_float(Float16 v) {
   const uint32_t sign = static_cast<uint32_t>(v.bits & 0x8000) << 16;
   const uint32_t exponent = v.bits >> 10 & 31, fraction = v.bits & 1023;
   if (exponent == 31) return __uint_as_float(sign | 0x7f800000u | fraction << 13);
-  const float size = exponent ? __uint_as_float((exponent + 112) << 23 | fraction << 13) : static_cast<float>(fraction) * 0x1p-24f;
+  const float size =
+      exponent ? __uint_as_float((exponent + 112) << 23 | fraction << 13) : static_cast<float>(fraction) * 0x1p-24f;
   return __uint_as_float(sign | __float_as_uint(size));
 }
 template <class T>

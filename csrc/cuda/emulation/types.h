@@ -24,10 +24,14 @@ struct dim3 {
   constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
+struct alignas(16) int4 {
+  int x, y, z, w;
+};
+
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
 inline const char* cudaGetErrorString(cudaError_t error) {
-  return error == cudaSuccess           ? "no error"
+  return error == cudaSuccess             ? "no error"
          : error == cudaErrorInvalidValue ? "invalid argument"
                                           : "invalid configuration argument";
 }
