@@ -16,7 +16,7 @@ def like(fused: None) -> torch.Tensor:
     if EMULATED:
         return torch.ones(1)
     if not torch.cuda.is_available() or "cuda" not in torch.ops.torch_mtl_pyg.devices():
-        pytest.skip("needs CUDA kernels and a GPU; test_cuda_ops.py runs this file on emulated kernels")
+        pytest.skip("needs CUDA kernels and a GPU; test_cuda_contract.py runs this file on emulated kernels")
     return torch.ones(1, device="cuda")
 
 

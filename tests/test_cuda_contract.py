@@ -15,9 +15,9 @@ import pytest
 from conftest import require_fused
 
 TESTS = Path(__file__).parent
-OPS = [str(TESTS / f"test_{name}.py") for name in ("multi_head_linear", "multi_head_loss", "heads_loss")]
+OPS = [str(TESTS / f"test_{name}.py") for name in ("copy_rate", "multi_head_linear", "multi_head_loss", "heads_loss")]
 # The instruction set is that of other kernels: one is enough.
-NOT = ("avx2", "avx512", "reference", "inductor", "2_31", "bitwise", "peak_memory", "second_order")
+NOT = ("avx2", "avx512", "reference", "inductor", "2_31", "bitwise", "peak_memory", "second_order", "for_the_cpu")
 EVERYTHING = " and ".join(f"not {name}" for name in NOT)
 VALUES = f"(test_values or test_layouts or any_shape or any_tasks) and {EVERYTHING}"
 
