@@ -34,7 +34,7 @@ SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "
 
 
 def compiled(name: str, folder: Path, *flags: str) -> Path:
-    """A program of tests/cuda for the emulator."""
+    """A program of tests/cuda_programs for the emulator."""
     try:
         compiler = _build.find_compiler()
     except _build.BuildError as error:
@@ -49,7 +49,7 @@ def compiled(name: str, folder: Path, *flags: str) -> Path:
         f"-I{ROOT / 'csrc'}",
     ]
     done = subprocess.run(
-        [*command, *flags, str(ROOT / "tests" / "cuda" / f"{name}.cu"), "-o", str(program)],
+        [*command, *flags, str(ROOT / "tests" / "cuda_programs" / f"{name}.cu"), "-o", str(program)],
         capture_output=True,
         text=True,
     )
