@@ -302,6 +302,22 @@ def test_options_of_the_heads() -> None:
     assert converted.edge is torch.add
 
 
+@pytest.mark.parametrize(
+    "model",
+    [
+        pyg.SchNet(hidden_channels=8, num_filters=8, num_interactions=1),
+        pyg.DimeNet(8, 1, 1, 2, 3, 2),
+    ],
+    ids=["SchNet", "DimeNet"],
+)
+def test_converted_models_are_drawn_anew(model: torch.nn.Module) -> None:
+    converted = mtl.multi_task(model, {"gap": 1})
+    before = {name: p.detach().clone() for name, p in converted.trunk.named_parameters()}
+    converted.reset_parameters()
+    changed = [name for name, p in converted.trunk.named_parameters() if not torch.equal(p, before[name])]
+    assert any("embedding" in name or "emb" in name for name in changed)
+
+
 def test_converted_models_train_and_copy() -> None:
     converted = mtl.multi_task(pyg.GCN(5, 8, 2, out_channels=4), TASKS)
     assert converted.training

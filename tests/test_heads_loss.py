@@ -31,6 +31,22 @@ def mixed_labels(n: int) -> dict[str, Tensor]:
     return {"subject": torch.randint(0, 7, (n,)), "toxic": torch.rand(n).round(), "degree": torch.randn(n)}
 
 
+@pytest.mark.parametrize(
+    ("loss", "labels", "message"),
+    [
+        ("cross_entropy", torch.tensor([9], dtype=torch.uint8), r"classes in \[0, 4\), got 9"),
+        ("cross_entropy", torch.tensor([9]), r"classes in \[0, 4\) or -100 for a missing one, got 9"),
+        ("cross_entropy", torch.tensor([9.0]), r"classes in \[0, 4\), -100 or NaN for a missing one, got 9"),
+        ("bce", torch.tensor([[9] * 4], dtype=torch.uint8), r"labels in \[0, 1\], got 9"),
+        ("poisson_nll", torch.tensor([[-1.0] * 4]), r"finite counts of at least 0 or NaN for a missing one, got -1"),
+    ],
+)
+def test_the_message_names_what_can_be_missing(any_backend: str, loss: Any, labels: Tensor, message: str) -> None:
+    heads = mtl.MultiTaskHeads(8, {"a": mtl.Task(4, loss=loss)})
+    with pytest.raises(LabelError, match=message):
+        heads.loss(torch.randn(1, 8), {"a": labels})
+
+
 def test_losses_are_what_the_contract_says(any_backend: str) -> None:
     p = problem(37, 8, torch.float64)
     heads, x = heads_of(p), p.x.clone().requires_grad_()
@@ -411,6 +427,7 @@ def test_poisson_counts_and_direct_calls(fused: None) -> None:
         (4, table.integers.int(), "integers: expected"),
         (4, bad_table, "integers: expected a kind, a width"),
         (4, torch.tensor([[99, 2, 0, -1]]), "integers: expected a kind"),
+        (4, torch.tensor([[7, 3, 0, -1]]), "integers: expected an even width of gaussian_nll"),
         (5, table.reals[:0], "reals: expected"),
         (6, torch.ones(2, dtype=torch.float64), "task_weight: expected"),
     ):

@@ -154,6 +154,11 @@ def test_what_pools_return() -> None:
     model = mtl.MultiTaskModel(GCN(5, 8, 2), heads(), pool=lambda x, batch, size: x[:1]).double()
     with pytest.raises(ValueError, match=r"pool: expected one row for each of 3 graphs, got shape \[1, 8\]"):
         model(batch(5))
+    for wrong in (-1, 3):
+        data = batch(5)
+        data.batch = data.batch.index_fill(0, torch.tensor(0), wrong)
+        with pytest.raises(ValueError, match=rf"data.batch: expected numbers of graphs in \[0, 3\), got {wrong}"):
+            mtl.MultiTaskModel(GCN(5, 8, 2), heads(a=mtl.Task(1, level="graph"))).double()(data)
     data = batch(5)
     data.batch = data.batch[1:]
     with pytest.raises(ValueError, match=r"data.batch: expected shape \[11\], one per node, got \[10\]"):

@@ -114,18 +114,22 @@ def check_values(name: str, task: Task, labels: Tensor) -> None:
         wanted = f"classes in [0, {task.out_channels})"
         if labels.dtype in FLOATING:
             wrong = wrong | (labels != labels.trunc())
-        missing = f"{task.ignore_index}, or NaN," if labels.dtype in FLOATING else f"{task.ignore_index}"
-        wanted += f" or {missing} for a missing one"
     elif task.loss == "bce":
-        wrong, wanted = (labels < 0) | (labels > 1), "labels in [0, 1], NaN or -100 for a missing one"
+        wrong, wanted = (labels < 0) | (labels > 1), "labels in [0, 1]"
     elif labels.dtype not in FLOATING:
         if task.loss != "poisson_nll":
             return
-        wrong, wanted = labels < 0, "counts of at least 0, -100 for a missing one"
+        wrong, wanted = labels < 0, "counts of at least 0"
     elif task.loss == "poisson_nll":
-        wrong, wanted = (labels < 0) | labels.isinf(), "finite counts of at least 0, NaN for a missing one"
+        wrong, wanted = (labels < 0) | labels.isinf(), "finite counts of at least 0"
     else:
-        wrong, wanted = labels.isinf(), "finite numbers, NaN for a missing one"
+        wrong, wanted = labels.isinf(), "finite numbers"
+    number = None if labels.dtype == torch.bool else missing_value(task, labels.dtype)
+    signs = [str(number)] if number is not None else []
+    if labels.dtype in FLOATING:
+        signs.append("NaN")
+    if signs:
+        wanted += f"{',' if len(signs) > 1 else ' or'} {' or '.join(signs)} for a missing one"
     wrong = wrong & present
     if bool(wrong.any()):
         place = wrong.nonzero()[0].tolist()

@@ -97,6 +97,8 @@ struct Tasks {
                           (!reals || row[3] < 0 || (row[3] >= count && row[1] <= places && row[3] <= places - row[1])),
                       "integers: expected a kind, a width of at least 1, a label and a place in reals in row ", t);
       const Loss loss = reals ? static_cast<Loss>(row[0]) : Loss::kNone;
+      STD_TORCH_CHECK(loss != Loss::kGaussianNll || row[1] % 2 == 0,
+                      "integers: expected an even width of gaussian_nll, two outputs a label, in row ", t);
       const double* own = !reals || row[3] < 0 ? nullptr : numbers + row[3];
       const int64_t missing = loss == Loss::kCrossEntropy ? row[2] : kMissing;
       TaskSpec& task = specs[t];

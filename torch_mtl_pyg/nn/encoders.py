@@ -49,7 +49,8 @@ class MultiTaskEncoders(nn.Module):
         super().__init__()
         if isinstance(in_channels, Mapping):
             for name, width in in_channels.items():
-                checked_integer(f"in_channels[{name!r}]", width)
+                if checked_integer(f"in_channels[{name!r}]", width) < 1:
+                    raise ValueError(f"in_channels[{name!r}]: expected at least 1 feature, got {width}.")
         self.layout = TaskLayout(in_channels, argument="in_channels")
         out_channels = checked_integer("out_channels", out_channels)
         if out_channels < 1:

@@ -48,7 +48,16 @@ class Final:
 
 
 class Identity(nn.Module):
-    """In the place of a layer: takes what it took (edges, weights, ...) and returns the nodes."""
+    """In the place of a layer: takes what it took (edges, weights, ...) and returns the nodes.
+
+    Attributes:
+        weight, bias: One number each, which nothing reads: models draw them anew in ``reset_parameters``.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        # No parameters: nothing to train, to save or to move.
+        self.weight, self.bias = torch.zeros(1, 1, device="cpu"), torch.zeros(1, device="cpu")
 
     def forward(self, x: Any, *args: Any, **kwargs: Any) -> Tensor:
         """The nodes as they came; of a pair, those that messages go to."""

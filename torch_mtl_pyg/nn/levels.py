@@ -97,6 +97,12 @@ def graph_embedding(h: Tensor, batch: Tensor | None, count: int, pool: Any) -> T
             raise ValueError(f"data.batch: expected it, since there are {count} graphs, got none.")
         if batch is not None and batch.shape[0] != h.shape[0]:
             raise ValueError(f"data.batch: expected shape [{h.shape[0]}], one per node, got {list(batch.shape)}.")
+        if batch is not None and batch.is_cpu and batch.numel() and not torch.compiler.is_compiling():
+            low, high = (int(v) for v in batch.aminmax())
+            if low < 0 or high >= count:
+                raise ValueError(
+                    f"data.batch: expected numbers of graphs in [0, {count}), got {low if low < 0 else high}."
+                )
         out = pool(h, batch, dim_size=count) if isinstance(pool, Aggregation) else pool(h, batch, count)
     if out.shape[0] != count:
         raise ValueError(f"{who}: expected one row for each of {count} graphs, got shape {list(out.shape)}.")
