@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import require_fused
 
 TESTS = Path(__file__).parent
@@ -34,3 +35,14 @@ def test_emulated_kernels_pass_the_tests_of_the_ops(order: str, tests: str) -> N
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
     assert " skipped" not in done.stdout
+
+
+def test_the_check_for_a_gpu_on_emulated_kernels() -> None:
+    require_fused()
+    program = [sys.executable, str(TESTS.parent / "benchmarks" / "gpu_check.py")]
+    done = subprocess.run([*program, "--emulated"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "24 checks passed." in done.stdout
+    if not torch.cuda.is_available():
+        done = subprocess.run(program, capture_output=True, text=True)
+        assert done.returncode != 0 and "torch sees no GPU, so nothing was run" in done.stderr
