@@ -67,6 +67,8 @@ STABLE_TORCH_LIBRARY(torch_mtl_pyg, m) {
       "Tensor? edge_weight, Tensor? factors, Tensor[] weights, Tensor[] root_weights, bool need_x, bool need_weight)"
       " -> (Tensor, Tensor)");
 
+  m.def("scale_gradients(Tensor(a!)[] grads, Tensor factor) -> ()");
+
   m.def("copy_rate(Tensor like, float seconds) -> float");
   m.def("multiply_add_rate(Tensor like, float seconds) -> float");
   m.def("devices() -> str");

@@ -2,7 +2,7 @@
 // any other compiler, with MTL_EMULATE_CUDA, for the CPU, where emulation/ runs them (no CUDA toolkit is needed then).
 //
 //   launch, allow_shared            a kernel on a stream; its dynamic shared memory
-//   BFloat16, Float16               16 bits, converted by to_float and from_float (to nearest, ties to even)
+//   BFloat16, Float16               16 bits, converted by to_float and from_float (to nearest, ties to even); pack
 //   mma                             16 x 8 products on tensor cores, sums in float32
 //   ldmatrix_x4, ldmatrix_x4_trans  four 8 x 8 matrices of 16-bit numbers from shared memory
 //   cp_async_16, _commit, _wait     copies from global to shared memory that run beside the computation
@@ -75,6 +75,21 @@ template <>
 __device__ inline Float16 from_float<Float16>(float v) {
   return {__half_as_ushort(__float2half_rn(v))};
 }
+// Two numbers in 32 bits, the first one in the low half.
+template <class T>
+__device__ uint32_t pack(float low, float high);
+template <>
+__device__ inline uint32_t pack<BFloat16>(float low, float high) {
+  const __nv_bfloat162 two = __floats2bfloat162_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&two);
+}
+template <>
+__device__ inline uint32_t pack<Float16>(float low, float high) {
+  const __half2 two = __floats2half2_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&two);
+}
+// Within 2 + 1.2 |v| units in the last place, where 16-bit logits are less exact anyway.
+__device__ inline float fast_exp(float v) { return __expf(v); }
 __device__ inline uint32_t to_tf32(float v) {
   uint32_t bits;
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(v));

@@ -1,12 +1,12 @@
-// Products of matrices in global memory, by tiles in shared memory, double-buffered; and sums of parts and of columns.
+// Products of matrices in global memory, by tiles in shared memory, double-buffered; and sums of columns.
 //
 //   C = A B + bias, C [M, N] row by row, A and B as `Product` has them. The depth can be cut into slices whose parts of
-//   C lie behind each other: `sum_parts` adds them in order, so that results do not depend on who finishes first.
+//   C lie behind each other: `sum_parts` (sums.cuh) adds them in order.
 //
 // An element of C is one chain over the depth whatever tile it is in: it does not depend on what lies beside it.
 #pragma once
 
-#include "tiles.cuh"
+#include "sums.cuh"
 
 namespace mtl::cuda {
 
@@ -110,21 +110,6 @@ inline int64_t row_slices(int64_t rows, int64_t m, int64_t n) {
   const int64_t tiles = ((m + 127) / 128) * ((n + 127) / 128);
   const int64_t wished = kBlocks / (tiles > 0 ? tiles : 1), most = rows / 256;
   return wished < most ? (wished < 1 ? 1 : wished) : (most < 1 ? 1 : most);
-}
-
-// out[i] = sum over the parts, in order. A thread an element.
-template <class Sum, class Out>
-__global__ void __launch_bounds__(kThreads) sum_parts_kernel(const Sum* parts, int64_t count, int64_t size, Out* out) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (i >= size) return;
-  Sum sum = Sum(0);
-  for (int64_t p = 0; p < count; ++p) sum += parts[p * size + i];
-  out[i] = converted<Out>(sum);
-}
-template <class Sum, class Out>
-cudaError_t sum_parts(const Sum* parts, int64_t count, int64_t size, Out* out, cudaStream_t stream) {
-  const auto blocks = static_cast<unsigned>((size + kThreads - 1) / kThreads);
-  return launch(sum_parts_kernel<Sum, Out>, dim3(blocks), dim3(kThreads), 0, stream, parts, count, size, out);
 }
 
 // parts[slice, c] = sum of column c over a slice of the rows: 32 columns a block, 8 rows at a time.

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "losses.cuh"
-#include "products.cuh"
+#include "sums.cuh"
 
 namespace mtl::cuda {
 
@@ -81,10 +81,13 @@ __device__ T block_sum(T v, T* shared) {
   return sum;
 }
 
+constexpr int64_t kLabelRows = 4 * kThreads;
+
 struct LabelJob {
   const DeviceTask* tasks;
   const double* reals;
-  int64_t task_count, n, blocks;  // of kThreads rows
+  int64_t task_count, n, blocks;  // of kLabelRows rows
+  int64_t label_step;             // from a label column to the next
   long long* counts;              // [tasks, blocks]
   double* norms;                  // [tasks, blocks]: the weights of a class-weighted task's labels
   int* wrong;                     // the number of a task with a label it cannot have, plus one; or 0
@@ -95,28 +98,33 @@ template <class T>
 __global__ void __launch_bounds__(kThreads) labels_kernel(LabelJob job, T* numbers) {
   __shared__ long long count_places[kWarps];
   __shared__ double norm_places[kWarps];
-  const int64_t r = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  const int64_t begin = static_cast<int64_t>(blockIdx.x) * kLabelRows + threadIdx.x;
   for (int64_t t = blockIdx.y; t < job.task_count; t += gridDim.y) {
     const DeviceTask& task = job.tasks[t];
     long long count = 0;
     double norm = 0;
-    if (r < job.n && task.labels.data) {
+    if (task.labels.data) {
       for (int64_t c = 0; c < task.labels.columns; ++c) {
-        double v = label_at(task.labels, r, c);
-        if (task.loss != Loss::kOutside) {
-          const bool missing = v != v || (task.missing_number && v == static_cast<double>(task.missing));
-          if (missing) {
-            v = __longlong_as_double(0x7ff8000000000000ll);
-          } else if (!can_have(task, v)) {
-            report_label(job.wrong, t);
-            v = __longlong_as_double(0x7ff8000000000000ll);  // no class to look up
-          } else {
-            ++count;
-            if (task.loss == Loss::kCrossEntropy && task.numbers >= 0)
-              norm += job.reals[task.numbers + static_cast<int64_t>(v)];
+#pragma unroll
+        for (int64_t i = 0; i < kLabelRows; i += kThreads) {
+          const int64_t r = begin + i;
+          if (r >= job.n) break;
+          double v = label_at(task.labels, r, c);
+          if (task.loss != Loss::kOutside) {
+            const bool missing = v != v || (task.missing_number && v == static_cast<double>(task.missing));
+            if (missing) {
+              v = __longlong_as_double(0x7ff8000000000000ll);
+            } else if (!can_have(task, v)) {
+              report_label(job.wrong, t);
+              v = __longlong_as_double(0x7ff8000000000000ll);  // no class to look up
+            } else {
+              ++count;
+              if (task.loss == Loss::kCrossEntropy && task.numbers >= 0)
+                norm += job.reals[task.numbers + static_cast<int64_t>(v)];
+            }
           }
+          if (task.counts) numbers[(task.label_row + c) * job.label_step + r] = static_cast<T>(v);
         }
-        if (task.counts) numbers[(task.label_row + c) * job.n + r] = static_cast<T>(v);
       }
     }
     count = block_sum(count, count_places);
@@ -153,22 +161,51 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// Losses of the tasks and their weighted sum, from the parts of the blocks in order. One block.
+// Losses of the tasks and their weighted sum, from the parts of the blocks: a warp a task, then a block for the sum.
 template <class T>
-__global__ void __launch_bounds__(kThreads)
-    finish_losses_kernel(int64_t tasks, const double* parts, int64_t blocks, int64_t task_step, int64_t block_step,
-                         const double* norm, const double* weight, T* per_task, T* total, double* means) {
-  for (int64_t t = threadIdx.x; t < tasks; t += kThreads) {
+struct FinishJob {
+  int64_t tasks, blocks;
+  const double *parts, *norm, *weight;  // [blocks, tasks], [tasks], [tasks]
+  T *per_task, *total;
+  double* means;
+};
+template <class T>
+__device__ void finish_losses(const FinishJob<T>& job) {
+  __shared__ double places[kWarps];
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  for (int64_t t = threadIdx.x / 32; t < job.tasks; t += kWarps) {
     double sum = 0;
-    for (int64_t b = 0; b < blocks; ++b) sum += parts[t * task_step + b * block_step];
-    means[t] = norm[t] > 0 ? sum / norm[t] : 0.0;
-    per_task[t] = static_cast<T>(means[t]);
+#pragma unroll 4
+    for (int64_t b = lane; b < job.blocks; b += 32) sum += job.parts[b * job.tasks + t];
+    sum = lanes_sum<32>(sum);
+    if (lane != 0) continue;
+    job.means[t] = job.norm[t] > 0 ? sum / job.norm[t] : 0.0;
+    job.per_task[t] = static_cast<T>(job.means[t]);
   }
   __syncthreads();
-  if (threadIdx.x != 0) return;
   double sum = 0;
-  for (int64_t t = 0; t < tasks; ++t) sum += weight[t] * means[t];
-  *total = static_cast<T>(sum);
+  for (int64_t t = threadIdx.x; t < job.tasks; t += kThreads) sum += job.weight[t] * job.means[t];
+  sum = block_sum(sum, places);
+  if (threadIdx.x == 0) *job.total = static_cast<T>(sum);
+}
+
+// All that is left to add up: the blocks of a, then those of b, then one for the losses.
+template <class Sum, class Out>
+__global__ void __launch_bounds__(kThreads)
+    finish_kernel(PartsJob<Sum, Out> a, PartsJob<Sum, Out> b, FinishJob<Sum> losses) {
+  const int64_t block = blockIdx.x;
+  if (block < a.blocks())
+    sum_parts_of(a, block);
+  else if (block < a.blocks() + b.blocks())
+    sum_parts_of(b, block - a.blocks());
+  else
+    finish_losses(losses);
+}
+template <class Sum, class Out>
+cudaError_t finish(const PartsJob<Sum, Out>& a, const PartsJob<Sum, Out>& b, const FinishJob<Sum>& losses,
+                   cudaStream_t stream) {
+  const auto blocks = static_cast<unsigned>(a.blocks() + b.blocks() + 1);
+  return launch(finish_kernel<Sum, Out>, dim3(blocks), dim3(kThreads), 0, stream, a, b, losses);
 }
 
 }  // namespace mtl::cuda

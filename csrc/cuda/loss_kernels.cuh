@@ -2,6 +2,8 @@
 // global memory. The limits are worked out in csrc/README.md.
 #pragma once
 
+#include <type_traits>
+
 #include "gemm.cuh"
 #include "labels.cuh"
 
@@ -14,8 +16,8 @@ struct LossJob {
   int64_t bias_stride;
   const DeviceTask* tasks;
   const double* reals;
-  const Sum *labels, *scale;  // [label columns, N], [tasks]
-  int64_t task_count;
+  const Sum *labels, *scale;  // label columns, `label_step` apart; [tasks]
+  int64_t task_count, label_step;
   Element* dx;         // or null
   bool need_sums;      // dW and db
   Sum* weight_parts;   // [blocks, K, D]
@@ -29,7 +31,10 @@ template <class Engine, int K, int D>
 struct FusedShape {
   using Element = typename Engine::Element;
   using Sum = typename Engine::Sum;
-  static constexpr int kRows = 64, kSteps = kRows / 32;
+  // Multiply-adds want eight rows a thread, so that they do not wait for shared memory; then the largest weights leave
+  // no room for a second tile.
+  static constexpr int kRows = std::is_same_v<Engine, Exact32> ? 128 : 64, kSteps = kRows / 32;
+  static constexpr int kTiles = kRows * K * D > 128 * 128 * 64 ? 1 : 2;
   static constexpr int kWeightRow = row_of<Element>(D), kGradientRow = row_of<Element>(K);
   // Where sums and elements are one type, the gradients are multiplied where they lie; else the logits' rows begin in
   // different banks.
@@ -39,14 +44,14 @@ struct FusedShape {
   static constexpr size_t kLogits = sizeof(Sum) * round_up(kRows * kLogitRow, 4);
   static constexpr size_t kGradients = kOne ? 0 : sizeof(Element) * kRows * kGradientRow;
   static constexpr size_t kLosses = sizeof(double) * kSteps * K, kBias = sizeof(Sum) * K;
-  static constexpr size_t kShared = kWeights + 2 * kTile + kLogits + kGradients + kLosses + kBias;
+  static constexpr size_t kShared = kWeights + kTiles * kTile + kLogits + kGradients + kLosses + kBias;
 };
 
 // The losses of a tile, a warp for 32 rows of a task: a row a thread, or a row after the other where the task is wide.
 template <class T>
 __device__ void tile_losses(const DeviceTask* tasks, const double* reals, int64_t task_count, const T* labels,
-                            const T* scale, int64_t n, int64_t row, int steps, T* z, int z_row, bool gradient,
-                            double* losses) {
+                            int64_t label_step, const T* scale, int64_t n, int64_t row, int steps, T* z, int z_row,
+                            bool gradient, double* losses) {
   constexpr int64_t kNarrow = 32;
   const int lane = static_cast<int>(threadIdx.x) % 32;
   for (int64_t i = threadIdx.x / 32; i < task_count * steps; i += kWarps) {
@@ -59,8 +64,8 @@ __device__ void tile_losses(const DeviceTask* tasks, const double* reals, int64_
       T* const at = z + (half * 32 + r) * z_row + task.begin;
       const int64_t place = row + half * 32 + r;
       if (place < n)
-        sum += row_loss<T, kLanes>(task, reals, at, 1, labels + task.label_row * n + place, n, scale[t], gradient,
-                                   kLanes > 1 ? lane : 0);
+        sum += row_loss<T, kLanes>(task, reals, at, 1, labels + task.label_row * label_step + place, label_step,
+                                   scale[t], gradient, kLanes > 1 ? lane : 0);
       else if (gradient)
         for (int64_t c = kLanes > 1 ? lane : 0; c < task.width; c += kLanes) at[c] = T(0);
     };
@@ -83,12 +88,13 @@ __global__ void __launch_bounds__(kThreads, 1)
   MTL_DYNAMIC_SHARED(unsigned char, memory);
   Element* const weight = reinterpret_cast<Element*>(memory);
   Element* const tiles = weight + K * Shape::kWeightRow;
-  Sum* const z = reinterpret_cast<Sum*>(memory + Shape::kWeights + 2 * Shape::kTile);
-  Element* const g = Shape::kOne
-                         ? reinterpret_cast<Element*>(z)
-                         : reinterpret_cast<Element*>(memory + Shape::kWeights + 2 * Shape::kTile + Shape::kLogits);
-  double* const losses =
-      reinterpret_cast<double*>(memory + Shape::kWeights + 2 * Shape::kTile + Shape::kLogits + Shape::kGradients);
+  Sum* const z = reinterpret_cast<Sum*>(memory + Shape::kWeights + Shape::kTiles * Shape::kTile);
+  Element* const g =
+      Shape::kOne
+          ? reinterpret_cast<Element*>(z)
+          : reinterpret_cast<Element*>(memory + Shape::kWeights + Shape::kTiles * Shape::kTile + Shape::kLogits);
+  double* const losses = reinterpret_cast<double*>(memory + Shape::kWeights + Shape::kTiles * Shape::kTile +
+                                                   Shape::kLogits + Shape::kGradients);
   Sum* const bias = reinterpret_cast<Sum*>(losses + Shape::kSteps * K);
 
   const int thread = static_cast<int>(threadIdx.x);
@@ -106,14 +112,21 @@ __global__ void __launch_bounds__(kThreads, 1)
   weight_sum.clear();
   Sum bias_sum = Sum(0);
   const int depth_k = round_up(static_cast<int>(k), kStep), depth_d = round_up(static_cast<int>(d), kStep);
-  for (int at = 0; tile < tile_count; tile += gridDim.x, at ^= 1) {
+  for (int at = 0; tile < tile_count; tile += gridDim.x, at ^= Shape::kTiles - 1) {
     Element* const x = tiles + at * kRows * Shape::kWeightRow;
     const int64_t row = tile * kRows;
+    if (Shape::kTiles == 1 && tile != blockIdx.x) {
+      __syncthreads();
+      load_tile(tiles, Shape::kWeightRow, job.x, row, kRows, 0, D);
+      cp_async_commit();
+    }
     cp_async_wait<0>();
     __syncthreads();  // this tile is here, and nobody reads the one before any more
-    load_tile(tiles + (at ^ 1) * kRows * Shape::kWeightRow, Shape::kWeightRow, job.x, (tile + gridDim.x) * kRows, kRows,
-              0, D);
-    cp_async_commit();
+    if (Shape::kTiles == 2) {
+      load_tile(tiles + (at ^ 1) * kRows * Shape::kWeightRow, Shape::kWeightRow, job.x, (tile + gridDim.x) * kRows,
+                kRows, 0, D);
+      cp_async_commit();
+    }
     {
       Product<Engine, kRows, K, false, false> logits;
       logits.clear();
@@ -121,15 +134,17 @@ __global__ void __launch_bounds__(kThreads, 1)
       logits.each([&](int r, int c, Sum v) { z[r * Shape::kLogitRow + c] = c < k ? v + bias[c] : Sum(0); });
     }
     __syncthreads();
-    tile_losses<Sum>(job.tasks, job.reals, job.task_count, job.labels, job.scale, n, row, Shape::kSteps, z,
-                     Shape::kLogitRow, gradient, losses);
+    tile_losses<Sum>(job.tasks, job.reals, job.task_count, job.labels, job.label_step, job.scale, n, row, Shape::kSteps,
+                     z, Shape::kLogitRow, gradient, losses);
     if (!gradient) continue;
     __syncthreads();
     if constexpr (!Shape::kOne)
       for (int i = thread; i < kRows * K; i += kThreads)
         g[i / K * Shape::kGradientRow + i % K] = from_float<Element>(z[i / K * Shape::kLogitRow + i % K]);
-    if (job.need_sums && thread < K)
-      for (int r = 0; r < kRows; ++r) bias_sum += z[r * Shape::kLogitRow + thread];
+    if (job.need_sums) {
+#pragma unroll 8
+      for (int r = thread / K; r < kRows; r += kThreads / K) bias_sum += z[r * Shape::kLogitRow + thread % K];
+    }
     if constexpr (!Shape::kOne) __syncthreads();
     if (job.need_sums) weight_sum.add(g, Shape::kGradientRow, x, Shape::kWeightRow, kRows);
     if (!job.dx) continue;
@@ -154,7 +169,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   weight_sum.each([&](int r, int c, Sum v) {
     if (r < k && c < d) own[r * d + c] = v;
   });
-  if (thread < k) job.bias_parts[blockIdx.x * k + thread] = bias_sum;
+  z[thread] = bias_sum;
+  __syncthreads();
+  if (thread >= k) return;
+  for (int part = 1; part < kThreads / K; ++part) bias_sum += z[part * K + thread];
+  job.bias_parts[blockIdx.x * k + thread] = bias_sum;
 }
 
 // ---- From logits in global memory: a block 256 rows of a task. z [N, K] becomes the gradients; g, or null, takes them
@@ -173,8 +192,8 @@ __global__ void __launch_bounds__(kThreads, 2)
       constexpr int kLanes = decltype(lanes)::value;
       const int from = kLanes > 1 ? lane : 0;
       Sum* const at = z + r * k + task.begin;
-      sum += row_loss<Sum, kLanes>(task, job.reals, at, 1, job.labels + task.label_row * n + r, n, job.scale[t],
-                                   gradient, from);
+      sum += row_loss<Sum, kLanes>(task, job.reals, at, 1, job.labels + task.label_row * job.label_step + r,
+                                   job.label_step, job.scale[t], gradient, from);
       if constexpr (kLanes > 1) __syncwarp();  // a lane may have written what another one reads: mean and variance
       if constexpr (sizeof(Element) != sizeof(Sum))
         if (g)

@@ -16,7 +16,7 @@
 #include "../cpu/tasks.h"
 #include "engines.h"
 #include "host.h"
-#include "loss_kernels.cuh"
+#include "warp_loss.cuh"
 
 namespace mtl::cuda {
 namespace {
@@ -41,6 +41,22 @@ class Pieces {
   std::vector<std::pair<void**, int64_t>> wanted_;
   int64_t bytes_ = 0;
   std::optional<Tensor> memory_;
+};
+
+// What goes to the device with the launches: pieces of one block of bytes.
+class Staging {
+ public:
+  // Returns the place in the block.
+  int64_t add(const void* from, int64_t bytes) {
+    const auto at = static_cast<int64_t>(bytes_.size());
+    bytes_.resize(at + (bytes + 15) / 16 * 16);
+    if (bytes) std::memcpy(bytes_.data() + at, from, bytes);
+    return at;
+  }
+  const std::vector<char>& bytes() const { return bytes_; }
+
+ private:
+  std::vector<char> bytes_;
 };
 
 void upload(const void* from, int64_t bytes, void* to, cudaStream_t stream) {
@@ -94,40 +110,51 @@ struct Run {
                        t.missing_number, t.counts()});
       if (t.counts()) label_rows += t.labels.columns;
     }
-    const int64_t reals = call.reals.size(0), blocks = std::max<int64_t>(1, (n + kThreads - 1) / kThreads);
-    DeviceTask* device_tasks;
-    double *device_reals, *device_weight, *norm, *means;
+    for (const DeviceTask& t : tasks) add_slots(t, static_cast<int>(&t - tasks.data()));
+    label_rows_ = label_rows;
+    Staging staging;
+    const bool weight_here = call.task_weight.is_cpu();
+    const int64_t zero = 0, at_tasks = staging.add(tasks.data(), count * static_cast<int64_t>(sizeof(DeviceTask))),
+                  at_reals = staging.add(call.reals.const_data_ptr(), call.reals.size(0) * 8),
+                  at_weight = staging.add(call.task_weight.const_data_ptr(), weight_here ? count * 8 : 0),
+                  at_slots = staging.add(slots_.data(), static_cast<int64_t>(slots_.size() * sizeof(Slot))),
+                  at_wrong = staging.add(&zero, 8);
+    const int64_t label_blocks = std::max<int64_t>(1, (n + kLabelRows - 1) / kLabelRows);
+    job.label_step = (n + 3) / 4 * 4;  // 16 bytes, which can be copied at once
+    char* staged;
+    double* norm;
     Sum *labels, *scale;
     LabelJob label_job{};
     Pieces pieces;
-    pieces.add(&device_tasks, count);
-    pieces.add(&device_reals, reals);
-    pieces.add(&device_weight, count);
+    pieces.add(&staged, static_cast<int64_t>(staging.bytes().size()));
     pieces.add(&norm, count);
-    pieces.add(&means, count);
-    pieces.add(&labels, label_rows * n);
+    pieces.add(&means_, count);
+    pieces.add(&labels, label_rows * job.label_step);
     pieces.add(&scale, count);
-    pieces.add(&label_job.counts, count * blocks);
-    pieces.add(&label_job.norms, count * blocks);
-    pieces.add(&label_job.wrong, 1);
+    pieces.add(&label_job.counts, count * label_blocks);
+    pieces.add(&label_job.norms, count * label_blocks);
     pieces.make(call.x);
-    upload(tasks.data(), count * static_cast<int64_t>(sizeof(DeviceTask)), device_tasks, stream);
-    upload(call.reals.const_data_ptr(), reals * 8, device_reals, stream);
-    const double* weight = static_cast<const double*>(call.task_weight.const_data_ptr());
-    if (call.task_weight.is_cpu()) {
-      upload(weight, count * 8, device_weight, stream);
-      weight = device_weight;
-    }
-    const int64_t zero = 0;
-    upload(&zero, 8, label_job.wrong, stream);
-    label_job = {device_tasks, device_reals, count, n, blocks, label_job.counts, label_job.norms, label_job.wrong};
+    upload(staging.bytes().data(), static_cast<int64_t>(staging.bytes().size()), staged, stream);
+    job.tasks = reinterpret_cast<const DeviceTask*>(staged + at_tasks);
+    job.reals = reinterpret_cast<const double*>(staged + at_reals);
+    device_slots_ = reinterpret_cast<const Slot*>(staged + at_slots);
+    weight_ = weight_here ? reinterpret_cast<const double*>(staged + at_weight)
+                          : static_cast<const double*>(call.task_weight.const_data_ptr());
+    norm_ = norm;
+    label_job.tasks = job.tasks;
+    label_job.reals = job.reals;
+    label_job.task_count = count;
+    label_job.n = n;
+    label_job.blocks = label_blocks;
+    label_job.label_step = job.label_step;
+    label_job.wrong = reinterpret_cast<int*>(staged + at_wrong);
     const auto tasks_across = static_cast<unsigned>(std::min<int64_t>(count, 65535));
-    check_launch(launch(labels_kernel<Sum>, dim3(static_cast<unsigned>(blocks), tasks_across), dim3(kThreads), 0,
+    check_launch(launch(labels_kernel<Sum>, dim3(static_cast<unsigned>(label_blocks), tasks_across), dim3(kThreads), 0,
                         stream, label_job, labels),
                  kName);
     if (kEmulated && *label_job.wrong) refuse_label(call.tasks.specs[*label_job.wrong - 1], *label_job.wrong - 1, n);
     check_launch(launch(finish_labels_kernel<Sum>, dim3(tasks_across), dim3(kThreads), 0, stream, label_job,
-                        static_cast<const double*>(call.need_gramian ? nullptr : weight),
+                        static_cast<const double*>(call.need_gramian ? nullptr : weight_),
                         static_cast<long long*>(call.number.mutable_data_ptr()), norm, scale),
                  kName);
 
@@ -137,31 +164,93 @@ struct Run {
       job.bias = static_cast<const Element*>(call.bias->const_data_ptr());
       job.bias_stride = call.bias->stride(0);
     }
-    job.tasks = device_tasks;
-    job.reals = device_reals;
     job.labels = labels;
     job.scale = scale;
     job.task_count = count;
     job.dx = call.need_x ? static_cast<Element*>(call.dx.mutable_data_ptr()) : nullptr;
     job.need_sums = call.need_weight || call.need_bias;
-
-    // ---- The losses.
-    const int64_t parts = call.need_gramian || !fused() ? through_memory(blocks, tasks_across) : fused_parts_;
-    const auto finish = [&](int64_t block_count) {
-      check_launch(launch(finish_losses_kernel<Sum>, dim3(1), dim3(kThreads), 0, stream, count,
-                          static_cast<const double*>(job.loss_parts), block_count, int64_t(1), count,
-                          static_cast<const double*>(norm), weight, static_cast<Sum*>(call.per_task.mutable_data_ptr()),
-                          static_cast<Sum*>(call.total.mutable_data_ptr()), means),
-                   kName);
-    };
-    finish(parts);
+    if (call.need_gramian || !(in_warps() || fused())) through_memory(tasks_across);
   }
 
  private:
-  int64_t fused_parts_ = 0;
-  Pieces sums_;
+  int64_t label_rows_ = 0;
+  std::vector<Slot> slots_;
+  bool slots_fit_ = true;
+  const Slot* device_slots_ = nullptr;
+  const double *weight_ = nullptr, *norm_ = nullptr;
+  double* means_ = nullptr;
 
-  // Whether one launch did everything.
+  // The task's fragments of eight columns, where a warp can keep its logits in registers.
+  void add_slots(const DeviceTask& t, int number) {
+    const bool plain = t.loss == Loss::kCrossEntropy && t.option == 0 && t.numbers < 0;
+    slots_fit_ =
+        slots_fit_ && (plain || !t.counts) && static_cast<int64_t>(slots_.size()) + (t.width + 7) / 8 <= kMostSlots;
+    for (int64_t c = 0; slots_fit_ && c < t.width; c += 8)
+      slots_.push_back({number, static_cast<int>(t.begin + c), static_cast<int>(c),
+                        static_cast<int>(std::min<int64_t>(8, t.width - c)),
+                        t.counts ? static_cast<int>(t.label_row) : -1, c == 0, c + 8 >= t.width, 0.0f});
+    if (!slots_fit_) slots_.clear();
+  }
+
+  // Sums of the blocks: gradients of the parameters, and losses.
+  Pieces make_parts(int64_t blocks) {
+    Pieces parts;
+    parts.add(&job.loss_parts, blocks * count);
+    parts.add(&job.weight_parts, job.need_sums ? blocks * k * d : 0);
+    parts.add(&job.bias_parts, job.need_sums ? blocks * k : 0);
+    parts.make(call.x);
+    return parts;
+  }
+  FinishJob<Sum> losses(int64_t blocks) const {
+    return {count,
+            blocks,
+            job.loss_parts,
+            norm_,
+            weight_,
+            static_cast<Sum*>(call.per_task.mutable_data_ptr()),
+            static_cast<Sum*>(call.total.mutable_data_ptr()),
+            means_};
+  }
+  void add_up(int64_t blocks) {
+    check_launch(finish<Sum, Element>({call.need_weight ? job.weight_parts : nullptr, blocks, k * d,
+                                       static_cast<Element*>(call.dw.mutable_data_ptr())},
+                                      {call.need_bias ? job.bias_parts : nullptr, blocks, k,
+                                       static_cast<Element*>(call.db.mutable_data_ptr())},
+                                      losses(blocks), stream),
+                 kName);
+  }
+  template <class Kernel, class Job>
+  void launch_persistent(Kernel kernel, int64_t blocks, size_t shared, const Job& with) {
+    check_launch(allow_shared(kernel, shared), kName);
+    check_launch(launch(kernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), shared, stream, with), kName);
+    add_up(blocks);
+  }
+
+  // One launch, logits in registers. Returns whether that could be done.
+  bool in_warps() {
+    if constexpr (sizeof(Element) == 2) {
+      if (!slots_fit_ || n == 0 || d > 128 || d == 0) return false;
+      if (slots_.size() <= 4) return d <= 64 ? in_warps_as<32, 64>() : in_warps_as<32, 128>();
+      if (slots_.size() <= 8) return d <= 64 ? in_warps_as<64, 64>() : in_warps_as<64, 128>();
+      return d <= 64 ? in_warps_as<128, 64>() : in_warps_as<128, 128>();
+    }
+    return false;
+  }
+  template <int K, int D>
+  bool in_warps_as() {
+    using Shape = WarpLossShape<Engine, K, D>;
+    const size_t shared = Shape::shared(label_rows_);
+    if (static_cast<int64_t>(shared) > max_shared(call.x)) return false;
+    const int64_t tiles = (n + Shape::kRows - 1) / Shape::kRows;
+    const int64_t blocks = std::min<int64_t>(tiles, (K <= 32 ? 2 : 1) * multiprocessors(call.x));
+    const Pieces parts = make_parts(blocks);
+    launch_persistent(
+        warp_loss_kernel<Engine, K, D>, blocks, shared,
+        WarpLossJob<Element>{job, device_slots_, static_cast<int>(slots_.size()), static_cast<int>(label_rows_)});
+    return true;
+  }
+
+  // One launch, logits in shared memory.
   bool fused() {
     if constexpr (sizeof(Sum) == 8) {
       return false;
@@ -177,25 +266,17 @@ struct Run {
     if (static_cast<int64_t>(Shape::kShared) > max_shared(call.x)) return false;
     const int64_t tiles = (n + Shape::kRows - 1) / Shape::kRows;
     const int64_t blocks = std::min<int64_t>(tiles, multiprocessors(call.x));
-    sums_.add(&job.loss_parts, blocks * count);
-    sums_.add(&job.weight_parts, job.need_sums ? blocks * k * d : 0);
-    sums_.add(&job.bias_parts, job.need_sums ? blocks * k : 0);
-    sums_.make(call.x);
-    const auto kernel = fused_loss_kernel<Engine, K, D>;
-    check_launch(allow_shared(kernel, Shape::kShared), kName);
-    check_launch(launch(kernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), Shape::kShared, stream, job),
-                 kName);
-    if (call.need_weight) add_up(job.weight_parts, blocks, k * d, call.dw);
-    if (call.need_bias) add_up(job.bias_parts, blocks, k, call.db);
-    fused_parts_ = blocks;
+    const Pieces parts = make_parts(blocks);
+    launch_persistent(fused_loss_kernel<Engine, K, D>, blocks, Shape::kShared, job);
     return true;
   }
   void add_up(const Sum* parts, int64_t number, int64_t size, Tensor& out) {
     check_launch(sum_parts(parts, number, size, static_cast<Element*>(out.mutable_data_ptr()), stream), kName);
   }
 
-  // Logits, then losses and gradients at the logits, then a product for each gradient. Returns the number of parts.
-  int64_t through_memory(int64_t blocks, unsigned tasks_across) {
+  // Logits, then losses and gradients at the logits, then a product for each gradient.
+  void through_memory(unsigned tasks_across) {
+    const int64_t blocks = std::max<int64_t>(1, (n + kThreads - 1) / kThreads);
     const bool wants = gradient() || call.need_gramian;
     constexpr bool kOne = sizeof(Element) == sizeof(Sum);
     Sum* z;
@@ -211,7 +292,7 @@ struct Run {
     check_launch(launch(logits_loss_kernel<Element, Sum>, dim3(static_cast<unsigned>(blocks), tasks_across),
                         dim3(kThreads), 0, stream, job, n, k, z, gradient() ? g : nullptr, wants),
                  kName);
-    sums_ = std::move(pieces);  // the parts of the losses are still to be added
+    check_launch(finish<Sum, Element>({}, {}, losses(blocks), stream), kName);
     const auto gradients = view_of<Element>(g, n, k, k, 1);
     if (call.need_x)
       check_launch(gemm<Engine, Element, false, true>({gradients, job.weight, nullptr, 0, job.dx, n, d, k}, 1, stream),
@@ -232,7 +313,6 @@ struct Run {
       add_up(job.bias_parts, slices, k, call.db);
     }
     if (call.need_gramian) gramian(view_of<Sum>(z, n, k, k, 1));
-    return blocks;
   }
 
   // G = blockwise sum of (g^T g) * (W W^T), for as many tasks at a time as keep both below 2^24 numbers. The gradients

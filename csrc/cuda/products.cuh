@@ -178,6 +178,7 @@ struct Product16 : Fragments<M, N> {
   __device__ void add(const Element* a, int a_row, const Element* b, int b_row, int depth) {
     const int lane = Base::lane(), quarter = lane / 8, in_quarter = lane % 8;
     const int row = Base::first_row(), column = Base::first_column();
+#pragma unroll 1  // two steps at once cost registers, and gain nothing with eight products in flight
     for (int k = 0; k < depth; k += 16) {
       uint32_t left[kRows][4];
 #pragma unroll

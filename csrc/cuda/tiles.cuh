@@ -58,10 +58,10 @@ __device__ void load_tile(Element* tile, int tile_row, const View<T>& m, int64_t
 }
 
 // The tile's first `rows` rows and `columns` columns to a matrix with rows of `out_row`, in pieces of 16 bytes where
-// those are aligned.
+// those are aligned: by a block, or by `threads` threads of which this one is `thread`.
 template <class T>
 __device__ void store_tile(const T* tile, int tile_row, T* out, int64_t out_row, int64_t row, int rows, int64_t column,
-                           int columns) {
+                           int columns, int thread = static_cast<int>(threadIdx.x), int threads = kThreads) {
   constexpr int kPiece = 16 / static_cast<int>(sizeof(T));
   T* const to = out + row * out_row + column;
   if (reinterpret_cast<uintptr_t>(to) % 16 == 0 && out_row % kPiece == 0 && columns % kPiece == 0) {
@@ -69,13 +69,13 @@ __device__ void store_tile(const T* tile, int tile_row, T* out, int64_t out_row,
       T v[kPiece];
     };
     const int pieces = columns / kPiece;
-    for (int i = static_cast<int>(threadIdx.x); i < rows * pieces; i += kThreads) {
+    for (int i = thread; i < rows * pieces; i += threads) {
       const int r = i / pieces, c = i % pieces * kPiece;
       *reinterpret_cast<Piece*>(to + r * out_row + c) = *reinterpret_cast<const Piece*>(tile + r * tile_row + c);
     }
     return;
   }
-  for (int i = static_cast<int>(threadIdx.x); i < rows * columns; i += kThreads) {
+  for (int i = thread; i < rows * columns; i += threads) {
     const int r = i / columns, c = i % columns;
     to[r * out_row + c] = tile[r * tile_row + c];
   }

@@ -79,7 +79,7 @@ def multi_head_loss(
         x, weight, bias, fused = prepare(x, weight, bias, "multi_head_loss")
         if not fused:
             return _reference(x, weight, bias, y, layout, gramian, outside)
-        if torch.compiler.is_compiling() or x.device.type != "cpu":
+        if torch.compiler.is_compiling() or x.device.type not in ("cpu", "cuda"):
             parts = split_labels(y, layout, x)
             targets = [y] if isinstance(y, Tensor) else filled(parts, x)
             results = _call_op(x, weight, bias, targets, layout, gramian, outside)
@@ -117,16 +117,15 @@ _op: Any = None
 
 
 def _is_plain_call(x: Any, weight: Any, bias: Any) -> bool:
-    """Whether the op can be called at once: on CPU tensors, compiled, and with nothing around the call."""
+    """Whether the op can be called at once: compiled, and with nothing around the call."""
+    if torch.compiler.is_compiling() or not isinstance(x, Tensor):
+        return False
+    device = "cpu" if x.is_cpu else "cuda" if x.is_cuda else ""
     return (
-        not torch.compiler.is_compiling()
-        and isinstance(x, Tensor)
-        and x.is_cpu
-        and weight.is_cpu
-        and (bias is None or bias.is_cpu)
+        device != ""
         and x.layout is torch.strided
-        and not torch.is_autocast_enabled("cpu")
-        and runs_fused("cpu", "multi_head_loss")
+        and not torch.is_autocast_enabled(device)
+        and runs_fused(device, "multi_head_loss")
         and not transformed()
     )
 
@@ -137,11 +136,12 @@ def _is_plain_call(x: Any, weight: Any, bias: Any) -> bool:
 def targets_of(y: Labels, layout: TaskLayout, x: Tensor) -> list[Tensor]:
     """Labels as the op takes them: one matrix, or one tensor per task. The op itself checks shapes, dtypes, values."""
     if isinstance(y, Tensor):
-        if len(layout.names) > 1 and y.is_cpu and not y.requires_grad:
+        if len(layout.names) > 1 and y.device == x.device and not y.requires_grad:
             return [y]
     elif type(y) is dict and len(y) == len(layout.names):
         parts = [y.get(name) for name in layout.names]
-        if all(part is not None and part.is_cpu and not part.requires_grad for part in parts):
+        device = x.device
+        if all(part is not None and part.device == device and not part.requires_grad for part in parts):
             return parts  # type: ignore[return-value]
     return filled(split_labels(y, layout, x), x)
 
@@ -219,7 +219,13 @@ class _MultiHeadLoss(torch.autograd.Function):
         table = loss_table(ctx.layout)
         # Given away once: what autograd does with them afterwards, such as adding to them, must not come back.
         ready, ctx.ready = ctx.ready, None
-        if ready is not None:
+        if ready is not None and x.is_cuda:
+            # The host does not wait for the factor: the device scales, or the gradients are computed for the weights.
+            if of_per_task is None:
+                with torch._C._AutoDispatchBelowAutograd():
+                    torch.ops.torch_mtl_pyg.scale_gradients([g for g in ready if g.numel()], of_total)
+                return *(g if need else None for g, need in zip(ready, needs, strict=True)), *_REST
+        elif ready is not None:
             factor = of_total if of_per_task is None else _common_factor(of_per_task, of_total, table.weight)
             if of_per_task is not None and factor is not None and x.itemsize == 2 and not _is_power_of_two(factor):
                 factor = None  # the gradients would be rounded to 16 bits once more
@@ -229,7 +235,7 @@ class _MultiHeadLoss(torch.autograd.Function):
                     ready = [g * number if need else g for g, need in zip(ready, needs, strict=True)]
                 return *(g if need else None for g, need in zip(ready, needs, strict=True)), *_REST
         v = task_weights(of_per_task, of_total, table.weight)
-        with torch.autocast("cpu", enabled=False):  # the saved tensors are what the forward has made of the arguments
+        with torch.autocast(x.device.type, enabled=False):  # the saved tensors are what the forward has made of the arguments
             grads = _forward(x, weight, bias, targets, table, v, needs, False)[4:]
         return *(g if need else None for g, need in zip(grads, needs, strict=True)), *_REST
 

@@ -64,6 +64,11 @@ inline Float16 from_float<Float16>(float v) {
   return {static_cast<uint16_t>(sign | ((size - 0x38000000u + 0xfff + (size >> 13 & 1)) >> 13))};
 }
 // To nearest, ties away from zero; a GPU's product ignores the last 13 bits.
+template <class T>
+uint32_t pack(float low, float high) {
+  return from_float<T>(low).bits | static_cast<uint32_t>(from_float<T>(high).bits) << 16;
+}
+inline float fast_exp(float v) { return expf(v); }
 inline uint32_t to_tf32(float v) {
   const uint32_t bits = __float_as_uint(v);
   return (bits & 0x7f800000u) == 0x7f800000u ? bits : (bits + 0x1000) & 0xffffe000u;
