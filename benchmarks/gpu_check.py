@@ -6,10 +6,10 @@
 2. Checks heads, their gradients, losses and Gramians of every dtype and kind of loss against float64, and captures a
    step in a CUDA graph, which a wait of the host would make fail.
 3. Runs the same checks once more under ``compute-sanitizer``, where that is installed.
-4. Times a step with losses, and heads alone, in turns: a ``ModuleList`` and a loop over losses (``list``), one wide
-   ``Linear`` and losses over ``split`` (``wide``), one loss over ``[N * T, C]`` (``single``), each under
-   ``torch.compile`` too (``+c``), and Liger's fused cross-entropy where it is installed. Beside them the rates of
-   copies and of large matrix products in the same run.
+4. Times a step with losses, the same as a CUDA graph (without the host's part), and heads alone, in turns: a
+   ``ModuleList`` and a loop over losses (``list``), one wide ``Linear`` and losses over ``split`` (``wide``), one loss
+   over ``[N * T, C]`` (``single``), each under ``torch.compile`` too (``+c``), and Liger's fused cross-entropy where it
+   is installed. Beside them the rates of copies and of large matrix products in the same run.
 
 ``--checks``: only 1 and 2. ``--emulated``: the checks on emulated kernels, without a GPU.
 """
@@ -30,6 +30,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import gpu_check_graphs
 import torch
 from common import print_table, save, settings
 from torch import Tensor, nn
@@ -48,9 +49,18 @@ KINDS: dict[str, mtl.Task] = {
     "counts": mtl.Task(1, loss="poisson_nll"),
     "gaussian": mtl.Task(4, loss="gaussian_nll"),
 }
+# Cross-entropy alone, which 16-bit heads compute in registers, in fragments of eight columns: of 32, 64 and 128.
+PLAIN: tuple[tuple[int, ...], ...] = ((7, 2), (2, 2, 2, 2, 1), (16, 9, 8), (3,) * 7, (40, 17, 2), (16,) * 8)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-# Rows, embedding, whether all kinds or the narrow ones: with all in one launch, and by way of logits in memory.
-CHECKS = ((1, 8, True), (300, 64, True), (1000, 100, False), (517, 300, True), (64, 33, False), (0, 16, True))
+# Rows, embedding, the tasks: in one launch, and by way of logits in memory.
+NARROW = {name: KINDS[name] for name in ("classes", "two", "mse", "binary")}
+CHECKS: tuple[tuple[int, int, Mapping[str, mtl.Task]], ...] = (
+    *((1, 8, KINDS), (300, 64, KINDS), (1000, 100, NARROW), (517, 300, KINDS), (64, 33, NARROW), (0, 16, KINDS)),
+    *(
+        (n, d, {f"t{i}": mtl.Task(c, loss="cross_entropy") for i, c in enumerate(classes)})
+        for n, d, classes in zip((1, 700, 1300, 2000, 129, 5000), (8, 128, 100, 64, 33, 72), PLAIN, strict=True)
+    ),
+)
 # Rows, embedding, tasks, classes.
 SHAPES = ((100_000, 128, 8, 16), (10_000, 256, 12, 2), (1_000_000, 128, 3, 7), (20_000, 256, 16, 64))
 
@@ -83,9 +93,7 @@ def expect(what: str, got: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
 def check(device: torch.device) -> int:
     """All checks; returns their number."""
     done = 0
-    for n, d, everything in CHECKS:
-        names = list(KINDS) if everything else ["classes", "two", "mse", "binary"]
-        tasks = {name: KINDS[name] for name in names}
+    for n, d, tasks in CHECKS:
         for dtype in DTYPES:
             torch.manual_seed(0)
             heads = mtl.MultiTaskHeads(d, tasks).to(device, dtype)
@@ -170,8 +178,22 @@ def times(functions: Mapping[str, Callable[[], object]], rounds: int = 15) -> di
     return {name: statistics.median(values) for name, values in measured.items()}
 
 
+def replayed(step: Callable[[], object]) -> Callable[[], object]:
+    """The step as a CUDA graph, which leaves out what the host does."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
 def bench(n: int, d: int, tasks: int, classes: int, dtype: torch.dtype, compiled: bool) -> dict[str, dict[str, float]]:
-    """Milliseconds of the step with losses, and of the forward alone."""
+    """Milliseconds of the step with losses, of the same in a CUDA graph, and of the forward alone."""
     torch.manual_seed(0)
     torch._dynamo.reset()
     heads = mtl.MultiTaskHeads(d, {f"t{i}": mtl.Task(classes, loss="cross_entropy") for i in range(tasks)})
@@ -222,7 +244,8 @@ def bench(n: int, d: int, tasks: int, classes: int, dtype: torch.dtype, compiled
     }
     with torch.no_grad():
         alone = times(forward)
-    return {"step": times({name: step(name) for name in losses}), "forward": alone}
+    steps = {name: step(name) for name in losses}
+    return {"step": times(steps), "graph": times({name: replayed(f) for name, f in steps.items()}), "forward": alone}
 
 
 def matrix_rate(dtype: torch.dtype) -> float:
@@ -236,20 +259,23 @@ def bench_all(compiled: bool) -> list[dict[str, Any]]:
     """All shapes; prints a table for each dtype."""
     copies = float(torch.ops.torch_mtl_pyg.copy_rate(torch.ones(1, device="cuda"), 0.3))
     results: list[dict[str, Any]] = []
-    for dtype in (torch.bfloat16, torch.float32):
+    for kind in ("bfloat16", "float32", "tf32"):
+        dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
+        torch.backends.cuda.matmul.allow_tf32 = kind == "tf32"
         rate = matrix_rate(dtype)
-        print(f"\n{str(dtype).removeprefix('torch.')}: copies {copies:.0f} GB/s, products {rate:.0f} TFLOP/s")
+        print(f"\n{kind}: copies {copies:.0f} GB/s, products {rate:.0f} TFLOP/s")
         rows, columns = [], ["ours", "list", "wide", "single", "list+c", "wide+c", "single+c", "liger"]
         for n, d, tasks, classes in SHAPES:
             ms = bench(n, d, tasks, classes, dtype, compiled)
             k, size = tasks * classes, dtype.itemsize
-            limits = {"step": (2 * n * d * size + 8 * n * tasks, 6), "forward": (n * (d + k) * size, 2)}
+            of_step = (2 * n * d * size + 8 * n * tasks, 6)
+            limits = {"step": of_step, "graph": of_step, "forward": (n * (d + k) * size, 2)}
             for name, (moved, products) in limits.items():
                 own = ms[name]
                 peers = [t for peer, t in own.items() if peer != "ours"]
                 of_copies = moved / own["ours"] / 1e6 / copies
                 of_products = products * n * d * k / own["ours"] / 1e9 / rate
-                results.append({"shape": (n, d, tasks, classes), "dtype": str(dtype), "what": name, "ms": own,
+                results.append({"shape": (n, d, tasks, classes), "dtype": kind, "what": name, "ms": own,
                                 "of_copies": of_copies, "of_products": of_products})  # fmt: skip
                 cells = [f"{own[c]:.3f}" if c in own else "-" for c in columns]
                 ratios = [f"{own['list'] / own['ours']:.2f}", f"{min(peers) / own['ours']:.2f}"]
@@ -277,7 +303,10 @@ def main() -> None:
     mtl.use_backend("fused")
     head = settings()
     print(f"{mtl.backend_info().reason} ({time.monotonic() - start:.0f} s)")
-    result: dict[str, Any] = {"settings": head, "checks": check(device)}
+    result: dict[str, Any] = {
+        "settings": head,
+        "checks": check(device) + gpu_check_graphs.check(device, DTYPES, expect),
+    }
     print(f"{result['checks']} checks passed.")
     if args.emulated:
         return save(args.json, result)
@@ -294,6 +323,10 @@ def main() -> None:
         else:
             print("compute-sanitizer was not found.")
         result["results"] = bench_all(not args.no_compile)
+        copies = float(torch.ops.torch_mtl_pyg.copy_rate(torch.ones(1, device="cuda"), 0.3))
+        result["graphs"], rows, header = gpu_check_graphs.rows_of(not args.no_compile, copies, times)
+        print(f"\nGraphs: copies {copies:.0f} GB/s")
+        print_table(header, rows)
     save(args.json, result)
 
 

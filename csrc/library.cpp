@@ -5,6 +5,7 @@
 
 #include <string>
 
+#include "common/precision.h"
 #include "cpu/isa.h"
 
 namespace {
@@ -17,6 +18,8 @@ std::string devices() {
   return "cpu";
 #endif
 }
+
+void allow_tf32(bool allowed) { mtl::tf32_allowed = allowed; }
 
 }  // namespace
 
@@ -71,6 +74,7 @@ STABLE_TORCH_LIBRARY(torch_mtl_pyg, m) {
 
   m.def("copy_rate(Tensor like, float seconds) -> float");
   m.def("multiply_add_rate(Tensor like, float seconds) -> float");
+  m.def("allow_tf32(bool allowed) -> ()");
   m.def("devices() -> str");
   m.def("isa() -> str");
   m.def("isas_available() -> str");
@@ -78,6 +82,7 @@ STABLE_TORCH_LIBRARY(torch_mtl_pyg, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(torch_mtl_pyg, CompositeExplicitAutograd, m) {
+  m.impl("allow_tf32", TORCH_BOX(&allow_tf32));
   m.impl("devices", TORCH_BOX(&devices));
   m.impl("isa", TORCH_BOX(&mtl::isa));
   m.impl("isas_available", TORCH_BOX(&mtl::isas_available));

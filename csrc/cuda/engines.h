@@ -2,11 +2,12 @@
 #pragma once
 
 #include "../common/dtype.h"
+#include "../common/precision.h"
 #include "products.cuh"
 
 namespace mtl::cuda {
 
-// f(Engine{}). tf32: whether float32 may be rounded to it.
+// f(Engine{}). tf32: whether float32 may be rounded to it, where products are all that is computed.
 template <class F>
 auto with_engine(DType type, bool tf32, F f) {
   switch (type) {

@@ -1,5 +1,5 @@
-// The losses of one row and one task, and their gradients at the logits, in place: by one thread, or by the lanes of a
-// warp, each with every 32nd column. Maths and sources: torch_mtl_pyg/ops/multi_head_loss.py.
+// The losses of one row and one task, and their gradients at the logits, in place: by one thread, or by some lanes of a
+// warp, each with every kLanes-th column. Maths and sources: torch_mtl_pyg/ops/multi_head_loss.py.
 //
 // A row without a label adds nothing and gets a gradient of exactly 0, whatever its logits are.
 #pragma once
@@ -26,17 +26,23 @@ struct Lanes {
   static constexpr int value = kLanes;
 };
 
+// The lanes that work together: neighbours, kLanes of them.
+template <int kLanes>
+__device__ unsigned lanes_mask() {
+  if constexpr (kLanes == 32) return 0xffffffffu;
+  return ((1u << kLanes % 32) - 1) << static_cast<int>(threadIdx.x) % 32 / kLanes * kLanes;
+}
 template <int kLanes, class T>
 __device__ T lanes_sum(T v) {
   if constexpr (kLanes > 1)
-    for (int offset = kLanes / 2; offset > 0; offset /= 2) v += __shfl_xor_sync(0xffffffffu, v, offset);
+    for (int offset = kLanes / 2; offset > 0; offset /= 2) v += __shfl_xor_sync(lanes_mask<kLanes>(), v, offset);
   return v;
 }
 template <int kLanes, class T>
 __device__ T lanes_max(T v) {
   if constexpr (kLanes > 1)
     for (int offset = kLanes / 2; offset > 0; offset /= 2) {
-      const T other = __shfl_xor_sync(0xffffffffu, v, offset);
+      const T other = __shfl_xor_sync(lanes_mask<kLanes>(), v, offset);
       v = other > v ? other : v;
     }
   return v;
@@ -71,12 +77,12 @@ __device__ T cross_entropy(const DeviceTask& task, const double* reals, T* z, in
     }
   if constexpr (kLanes > 1)
     for (int offset = kLanes / 2; offset > 0; offset /= 2) {
-      const int64_t other = __shfl_xor_sync(0xffffffffu, first, offset);
+      const int64_t other = __shfl_xor_sync(lanes_mask<kLanes>(), first, offset);
       first = other < first ? other : first;
     }
   T rest = T(0), spread = T(0);
   const T at_own = z[own * step] - largest;
-  if constexpr (kLanes > 1) __syncwarp();  // all have read it: the logits become exponentials
+  if constexpr (kLanes > 1) __syncwarp(lanes_mask<kLanes>());  // all have read it: the logits become exponentials
   for (int64_t c = lane; c < width; c += kLanes) {
     const T v = z[c * step] - largest, e = exp(v);
     if (c != first) rest += e;

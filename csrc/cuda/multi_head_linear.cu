@@ -1,4 +1,5 @@
-// All heads as one product, and its backward: checks, allocation, launches. The kernels are in gemm.cuh.
+// All heads as one product, and its backward: checks, allocation, launches. The products are those of PyTorch's library
+// but for few columns that are no whole pieces of 16 bytes, where the kernel of gemm.cuh is faster.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -10,6 +11,7 @@
 #include "engines.h"
 #include "gemm.cuh"
 #include "host.h"
+#include "library.h"
 
 namespace mtl::cuda {
 namespace {
@@ -23,7 +25,12 @@ Tensor multi_head_linear(const Tensor& x, const Tensor& weight, const std::optio
   const DeviceGuard guard(x);
   const int64_t n = x.size(0), d = x.size(1), k = weight.size(0);
   Tensor y = empty_on(x, {n, k}, x.scalar_type());
-  check_launch(with_engine(type, false,
+  const bool few = element_bytes(type) == 2 && k <= 32 && k % 8 != 0;
+  if (!few && n > 0 && k > 0 && d > 0) {
+    const Tensor turned_weight = turned(weight);
+    if (bias.has_value() ? library_product(x, turned_weight, *bias, y) : library_product(x, turned_weight, y)) return y;
+  }
+  check_launch(with_engine(type, tf32_allowed,
                            [&](auto engine) {
                              using Element = typename decltype(engine)::Element;
                              GemmJob<Element, Element> job{view<Element>(x),
@@ -94,17 +101,18 @@ std::tuple<Tensor, Tensor, Tensor> multi_head_linear_backward(const std::vector<
   Tensor dw = empty_on(x, need_weight ? std::vector<int64_t>{k, d} : std::vector<int64_t>{0}, x.scalar_type());
   Tensor db = empty_on(x, {need_bias ? k : 0}, x.scalar_type());
   const ScalarType wide = type == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
-  with_engine(type, false, [&](auto engine) {
+  with_engine(type, tf32_allowed, [&](auto engine) {
     using Engine = decltype(engine);
     using T = typename Engine::Element;
     using Sum = typename Engine::Sum;
     const auto g = view<T>(grad);
-    if (need_x)
+    const bool some = n > 0 && k > 0 && d > 0;
+    if (need_x && !(some && library_product(grad, weight, dx)))
       check_launch(gemm<Engine, T, false, true>(
                        {g, view<T>(weight), nullptr, 0, static_cast<T*>(dx.mutable_data_ptr()), n, d, k}, 1, stream),
                    name);
     const int64_t slices = row_slices(n, k, d);
-    if (need_weight && k * d > 0) {
+    if (need_weight && k * d > 0 && !(some && library_product(turned(grad), x, dw))) {
       Tensor parts = empty_on(x, {slices, k * d}, wide);
       Sum* const sums = static_cast<Sum*>(parts.mutable_data_ptr());
       check_launch(gemm<Engine, Sum, true, true>({g, view<T>(x), nullptr, 0, sums, k, d, n}, slices, stream), name);

@@ -16,6 +16,7 @@
 #include "../cpu/tasks.h"
 #include "engines.h"
 #include "host.h"
+#include "library.h"
 #include "warp_loss.cuh"
 
 namespace mtl::cuda {
@@ -186,18 +187,18 @@ struct Run {
     slots_fit_ =
         slots_fit_ && (plain || !t.counts) && static_cast<int64_t>(slots_.size()) + (t.width + 7) / 8 <= kMostSlots;
     for (int64_t c = 0; slots_fit_ && c < t.width; c += 8)
-      slots_.push_back({number, static_cast<int>(t.begin + c), static_cast<int>(c),
-                        static_cast<int>(std::min<int64_t>(8, t.width - c)),
-                        t.counts ? static_cast<int>(t.label_row) : -1, c == 0, c + 8 >= t.width, 0.0f});
+      slots_.push_back({(c == 0 ? kStarts : 0) | (c + 8 >= t.width ? kEnds : 0),
+                        t.counts ? static_cast<int>(t.label_row) : -1, static_cast<int>(c), 0.0f, number,
+                        static_cast<int>(t.begin + c), static_cast<int>(std::min<int64_t>(8, t.width - c)), 0});
     if (!slots_fit_) slots_.clear();
   }
 
   // Sums of the blocks: gradients of the parameters, and losses.
-  Pieces make_parts(int64_t blocks) {
+  Pieces make_parts(int64_t blocks, bool sums = false) {
     Pieces parts;
     parts.add(&job.loss_parts, blocks * count);
-    parts.add(&job.weight_parts, job.need_sums ? blocks * k * d : 0);
-    parts.add(&job.bias_parts, job.need_sums ? blocks * k : 0);
+    parts.add(&job.weight_parts, sums && job.need_sums ? blocks * k * d : 0);
+    parts.add(&job.bias_parts, sums && job.need_sums ? blocks * k : 0);
     parts.make(call.x);
     return parts;
   }
@@ -243,22 +244,23 @@ struct Run {
     if (static_cast<int64_t>(shared) > max_shared(call.x)) return false;
     const int64_t tiles = (n + Shape::kRows - 1) / Shape::kRows;
     const int64_t blocks = std::min<int64_t>(tiles, (K <= 32 ? 2 : 1) * multiprocessors(call.x));
-    const Pieces parts = make_parts(blocks);
+    const Pieces parts = make_parts(blocks, true);
     launch_persistent(
         warp_loss_kernel<Engine, K, D>, blocks, shared,
         WarpLossJob<Element>{job, device_slots_, static_cast<int>(slots_.size()), static_cast<int>(label_rows_)});
     return true;
   }
 
-  // One launch, logits in shared memory.
+  // One launch, logits in shared memory: where that was faster on a GPU than the library's products.
   bool fused() {
-    if constexpr (sizeof(Sum) == 8) {
-      return false;
-    } else {
-      if (n == 0 || k > 128 || d > 128 || d == 0) return false;
-      if (k <= 32) return d <= 64 ? fused_as<32, 64>() : fused_as<32, 128>();
+    constexpr bool kExact = std::is_same_v<Engine, Exact32>;
+    if constexpr (sizeof(Element) == 2 || kExact) {
+      if (n == 0 || k > 128 || d > 128 || d == 0 || (kExact && k <= 32)) return false;
+      if constexpr (!kExact)
+        if (k <= 32) return d <= 64 ? fused_as<32, 64>() : fused_as<32, 128>();
       return d <= 64 ? fused_as<128, 64>() : fused_as<128, 128>();
     }
+    return false;
   }
   template <int K, int D>
   bool fused_as() {
@@ -266,7 +268,7 @@ struct Run {
     if (static_cast<int64_t>(Shape::kShared) > max_shared(call.x)) return false;
     const int64_t tiles = (n + Shape::kRows - 1) / Shape::kRows;
     const int64_t blocks = std::min<int64_t>(tiles, multiprocessors(call.x));
-    const Pieces parts = make_parts(blocks);
+    const Pieces parts = make_parts(blocks, true);
     launch_persistent(fused_loss_kernel<Engine, K, D>, blocks, Shape::kShared, job);
     return true;
   }
@@ -277,32 +279,34 @@ struct Run {
   // Logits, then losses and gradients at the logits, then a product for each gradient.
   void through_memory(unsigned tasks_across) {
     const int64_t blocks = std::max<int64_t>(1, (n + kThreads - 1) / kThreads);
-    const bool wants = gradient() || call.need_gramian;
+    const bool wants = gradient() || call.need_gramian, some = n > 0 && d > 0;
     constexpr bool kOne = sizeof(Element) == sizeof(Sum);
-    Sum* z;
-    Element* g;
-    Pieces pieces;
-    pieces.add(&z, n * k);
-    pieces.add(&g, gradient() && !kOne ? n * k : 0);
-    pieces.add(&job.loss_parts, blocks * count);
-    pieces.make(call.x);
-    if (kOne) g = reinterpret_cast<Element*>(z);
-    check_launch(gemm<Engine, Sum, false, false>({job.x, job.weight, job.bias, job.bias_stride, z, n, k, d}, 1, stream),
-                 kName);
+    Tensor logits = empty_on(call.x, {n, k}, call.per_task.scalar_type());
+    Tensor rounded = gradient() && !kOne ? empty_on(call.x, {n, k}, call.x.scalar_type()) : logits;
+    Sum* const z = static_cast<Sum*>(logits.mutable_data_ptr());
+    Element* const g = static_cast<Element*>(rounded.mutable_data_ptr());
+    const Pieces parts = make_parts(blocks);
+    // The library's product leaves the bias to the next kernel.
+    const bool add_bias = some && library_product(call.x, turned(call.weight), logits);
+    if (!add_bias)
+      check_launch(
+          gemm<Engine, Sum, false, false>({job.x, job.weight, job.bias, job.bias_stride, z, n, k, d}, 1, stream),
+          kName);
     check_launch(launch(logits_loss_kernel<Element, Sum>, dim3(static_cast<unsigned>(blocks), tasks_across),
-                        dim3(kThreads), 0, stream, job, n, k, z, gradient() ? g : nullptr, wants),
+                        dim3(kThreads), 0, stream, job, n, k, z, gradient() ? g : nullptr, wants, add_bias),
                  kName);
     check_launch(finish<Sum, Element>({}, {}, losses(blocks), stream), kName);
     const auto gradients = view_of<Element>(g, n, k, k, 1);
-    if (call.need_x)
+    if (call.need_x && !(some && library_product(rounded, call.weight, call.dx)))
       check_launch(gemm<Engine, Element, false, true>({gradients, job.weight, nullptr, 0, job.dx, n, d, k}, 1, stream),
                    kName);
     const int64_t slices = row_slices(n, k, d);
+    const bool own_sums = call.need_weight && !(some && library_product(turned(rounded), call.x, call.dw));
     Pieces more;
-    more.add(&job.weight_parts, call.need_weight ? slices * k * d : 0);
+    more.add(&job.weight_parts, own_sums ? slices * k * d : 0);
     more.add(&job.bias_parts, call.need_bias ? slices * k : 0);
     more.make(call.x);
-    if (call.need_weight) {
+    if (own_sums) {
       check_launch(
           gemm<Engine, Sum, true, true>({gradients, job.x, nullptr, 0, job.weight_parts, k, d, n}, slices, stream),
           kName);
@@ -396,7 +400,7 @@ Results multi_head_loss(const Tensor& x, const Tensor& weight, const std::option
             empty_on(x, need_x ? Sizes{n, d} : Sizes{0}, own),
             empty_on(x, need_weight ? Sizes{k, d} : Sizes{0}, own),
             empty_on(x, {need_bias ? k : 0}, own)};
-  with_engine(type, false, [&](auto engine) { Run<decltype(engine)>{call}(); });
+  with_engine(type, tf32_allowed, [&](auto engine) { Run<decltype(engine)>{call}(); });
   return {call.per_task, call.total, call.number, call.gram, call.dx, call.dw, call.db};
 }
 

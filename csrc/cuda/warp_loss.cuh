@@ -11,13 +11,16 @@
 namespace mtl::cuda {
 
 // Eight columns of the padded logits, all of one task.
-struct Slot {
-  int task, begin, first, count;  // its columns: `count` from `begin` of the packed logits, `first` of the task on
-  int label_row;                  // or -1
-  bool starts, ends;
+struct alignas(16) Slot {
+  int borders, label_row;  // kStarts, kEnds; -1: no labels
+  int first;               // which of the task's columns come here: eight from this one on
   float scale;
+  int task, begin, count;  // `count` columns from `begin` of the packed logits
+  int unused;
 };
+constexpr int kStarts = 1, kEnds = 2;
 constexpr int kMostSlots = 16;
+constexpr int kMissingClass = 1024;  // more than there are columns
 
 template <class Element>
 struct WarpLossJob {
@@ -84,89 +87,111 @@ __device__ void warp_logits(const Element* x, const Element* weight, int row, in
     for (int q = 0; q < 4; ++q) z.v[j][q] += bias[j * 8 + lane % 4 * 2 + q % 2];
 }
 
+// log(1 + x) for x >= 0, also where it is small.
+__device__ inline float fast_log1p(float x) {
+  const float series = x * (1.0f + x * (-0.5f + x * (0.33333333f + x * (-0.25f + x * 0.2f))));
+  return x < 0.03125f ? series : fast_log(1.0f + x);
+}
+
 // Losses of the warp's rows, added to losses[slot]; z becomes the gradients at the logits. Maths as in losses.cuh, with
 // three passes over the fragments, since a task's largest logit and its sum of exponentials are known where it ends:
-// `known` keeps both, two times 16 numbers a slot. The largest logit is left out of the sum, as there.
+// `known` keeps both, two times 16 numbers a slot. What is as large as the largest logit is counted, not added, so that
+// the rest keeps its digits. Columns that fill up a fragment have logits of -inf, which add nothing.
 template <int kSlots>
-__device__ void warp_losses(const Slot* slots, const float* labels, int rows, int first_row, int64_t live_rows,
-                            RowsOfWarp<kSlots>& z, float* known, double* losses) {
-  const int lane = static_cast<int>(threadIdx.x) % 32, column = lane % 4 * 2;
-  const int row = first_row + lane / 4;
-  // The label of row `row + h * 8`, NaN for a missing one.
-  const auto label_of = [&](const Slot& s, int h) {
-    return s.label_row >= 0 && row + h * 8 < live_rows ? labels[s.label_row * rows + row + h * 8]
-                                                       : __uint_as_float(0x7fc00000u);
-  };
+__device__ void warp_losses(const Slot* slots, const float* labels, int rows, int64_t live_rows, RowsOfWarp<kSlots>& z,
+                            float* known, double* losses) {
+  const int lane = static_cast<int>(threadIdx.x) % 32, column = lane % 4 * 2, row = lane / 4;
+  const bool live[2] = {row < live_rows, row + 8 < live_rows}, first_of_quad = lane % 4 == 0;
   float* const factors = known + kSlots * 16;
+  // The class of row `row + h * 8`, counted from this thread's first column of the task on; -128 for a missing label.
+  const auto class_of = [&](const Slot& s, int h) {
+    const float y = s.label_row >= 0 ? labels[s.label_row * rows + row + h * 8] : __uint_as_float(0x7fc00000u);
+    return live[h] && y == y ? static_cast<int>(y) - column : -kMissingClass;
+  };
   {
     float largest[2];
 #pragma unroll
     for (int j = 0; j < kSlots; ++j) {
-      const Slot& s = slots[j];
+      const int borders = slots[j].borders;
+      if (j == 0 || borders & kStarts) largest[0] = largest[1] = __uint_as_float(0xff800000u);
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        if (j == 0 || s.starts) largest[h] = __uint_as_float(0xff800000u);
-#pragma unroll
-        for (int q = 0; q < 2; ++q)
-          if (column + q < s.count) largest[h] = fmaxf(largest[h], z.v[j][h * 2 + q]);
-        if (!s.ends) continue;
-        largest[h] = quad_max(largest[h]);
-        if (column == 0) known[j * 16 + lane / 4 + h * 8] = largest[h];
+      for (int h = 0; h < 2; ++h) largest[h] = fmaxf(largest[h], fmaxf(z.v[j][h * 2], z.v[j][h * 2 + 1]));
+      if (borders & kEnds) {
+        largest[0] = quad_max(largest[0]);
+        largest[1] = quad_max(largest[1]);
+        if (first_of_quad) {
+          known[j * 16 + row] = largest[0];
+          known[j * 16 + row + 8] = largest[1];
+        }
       }
     }
   }
   __syncwarp();
-  float largest[2] = {}, rest[2] = {}, equal[2] = {}, own[2] = {}, label[2] = {};
+  float largest[2] = {}, all[2] = {}, rest[2] = {}, at_class[2] = {};
+  int own[2] = {};
 #pragma unroll
   for (int j = kSlots - 1; j >= 0; --j) {
     const Slot& s = slots[j];
-    float loss = 0.0f;
+    const int borders = s.borders;
+    if (borders & kEnds) {
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      if (s.ends) {
-        largest[h] = known[j * 16 + lane / 4 + h * 8];
-        rest[h] = equal[h] = own[h] = 0.0f;
-        label[h] = label_of(s, h);
-      }
-#pragma unroll
-      for (int q = 0; q < 2; ++q) {
-        float& at = z.v[j][h * 2 + q];
-        const float v = at - largest[h];
-        at = column + q < s.count ? fast_exp(v) : 0.0f;
-        rest[h] += v == 0.0f ? 0.0f : at;
-        equal[h] += v == 0.0f && column + q < s.count ? 1.0f : 0.0f;
-        own[h] += static_cast<float>(s.first + column + q) == label[h] ? v : 0.0f;
-      }
-      if (s.starts) {
-        const float others = quad_sum(rest[h]) + (quad_sum(equal[h]) - 1.0f), at_own = quad_sum(own[h]);
-        const bool missing = label[h] != label[h];
-        if (column != 0) continue;
-        if (!missing) loss += log1p(others) - at_own;
-        factors[j * 16 + lane / 4 + h * 8] = missing ? 0.0f : s.scale / (1.0f + others);
+      for (int h = 0; h < 2; ++h) {
+        largest[h] = known[j * 16 + row + h * 8];
+        own[h] = class_of(s, h) - s.first;
+        all[h] = rest[h] = at_class[h] = 0.0f;
       }
     }
-    if (s.starts) {
-      loss = lanes_sum<32>(loss);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+#pragma unroll
+      for (int q = 0; q < 2; ++q) {
+        const float v = z.v[j][h * 2 + q] - largest[h], e = fast_exp(v);
+        z.v[j][h * 2 + q] = e;
+        all[h] += e;
+        if (!(e >= 1.0f)) rest[h] += e;
+        if (own[h] == q) at_class[h] += v;
+      }
+      own[h] += 8;
+    }
+    if (borders & kStarts) {
+      float loss = 0.0f;
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const float others = quad_sum(rest[h]), equal = rintf(quad_sum(all[h]) - others);
+        const float beside = others + (equal - 1.0f), v = quad_sum(at_class[h]);
+        const bool missing = class_of(s, h) <= -kMissingClass;
+        if (first_of_quad) {
+          if (!missing) loss += fast_log1p(beside) - v;
+          factors[j * 16 + row + h * 8] = missing ? 0.0f : fast_divide(s.scale, 1.0f + beside);
+        }
+      }
+      for (int offset = 4; offset < 32; offset *= 2) loss += __shfl_xor_sync(0xffffffffu, loss, offset);
       if (lane == 0) losses[j] += static_cast<double>(loss);
     }
   }
   __syncwarp();
   float factor[2] = {};
+  bool missing[2] = {};
 #pragma unroll
   for (int j = 0; j < kSlots; ++j) {
     const Slot& s = slots[j];
+    if (s.borders & kStarts) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        factor[h] = factors[j * 16 + row + h * 8];
+        own[h] = class_of(s, h);
+        missing[h] = own[h] <= -kMissingClass;
+      }
+    }
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      if (s.starts) {
-        factor[h] = factors[j * 16 + lane / 4 + h * 8];
-        label[h] = label_of(s, h);
-      }
 #pragma unroll
       for (int q = 0; q < 2; ++q) {
-        float& at = z.v[j][h * 2 + q];
-        const float g = at * factor[h] - (static_cast<float>(s.first + column + q) == label[h] ? s.scale : 0.0f);
-        at = label[h] != label[h] || column + q >= s.count ? 0.0f : g;
+        float g = z.v[j][h * 2 + q] * factor[h];
+        if (own[h] == q) g -= s.scale;
+        z.v[j][h * 2 + q] = missing[h] ? 0.0f : g;
       }
+      own[h] -= 8;
     }
   }
 }
@@ -207,7 +232,7 @@ __global__ void __launch_bounds__(kThreads, K <= 32 ? 2 : 1)
   int tile = static_cast<int>(blockIdx.x);
   load(tile, 0);
   if (thread < kSlots) {
-    Slot s{};
+    Slot s{kStarts | kEnds, -1, 0, 0.0f, -1, 0, 0, 0};
     if (thread < warp_job.slot_count) {
       s = warp_job.slots[thread];
       s.scale = job.scale[s.task];
@@ -224,7 +249,8 @@ __global__ void __launch_bounds__(kThreads, K <= 32 ? 2 : 1)
   cp_async_commit();
   for (int i = thread; i < K; i += kThreads) {
     const Slot& s = slots[i / 8];
-    bias[i] = job.bias && i % 8 < s.count ? to_float(job.bias[(s.begin + i % 8) * job.bias_stride]) : 0.0f;
+    const float own = job.bias && i % 8 < s.count ? to_float(job.bias[(s.begin + i % 8) * job.bias_stride]) : 0.0f;
+    bias[i] = i % 8 < s.count ? own : __uint_as_float(0xff800000u);
   }
 
   Product<Engine, K, D, true, true> weight_sum;
@@ -240,8 +266,9 @@ __global__ void __launch_bounds__(kThreads, K <= 32 ? 2 : 1)
     load(tile + static_cast<int>(gridDim.x), at ^ 1);
     RowsOfWarp<kSlots> z;
     warp_logits<Element, K>(own_x, weight, kRow, depth, bias, z);
-    warp_losses<kSlots>(slots, label_tiles + at * label_size, kRows, warp * 16, n - static_cast<int64_t>(tile) * kRows,
-                        z, known + warp * kSlots * 32, losses + warp * kSlots);
+    warp_losses<kSlots>(slots, label_tiles + at * label_size + warp * 16, kRows,
+                        n - static_cast<int64_t>(tile) * kRows - warp * 16, z, known + warp * kSlots * 32,
+                        losses + warp * kSlots);
     if (!gradient) continue;
     uint32_t g[kSlots][2];
 #pragma unroll

@@ -36,6 +36,8 @@ def runs_fused(device: str, op: str) -> bool:
     if not backend.resolve():
         return False
     if device in FUSED_DEVICES and (device != "cuda" or _has_cuda_kernels(op)):
+        if device == "cuda":
+            _follow_tf32()
         return True
     message = f"torch_mtl_pyg has no compiled kernels of {op} for the device {device!r}"
     if backend.choice() == "fused":
@@ -50,6 +52,21 @@ def runs_fused(device: str, op: str) -> bool:
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _has_cuda_kernels(op: str) -> bool:
     return bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"torch_mtl_pyg::{op}", "CUDA"))
+
+
+# As PyTorch has it now; while something is compiled, as it has it then: a change makes Dynamo compile again.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _follow_tf32() -> bool:
+    """Tells the compiled library whether products of float32 may be those of tf32."""
+    global _tf32
+    allowed = bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
+    if allowed is not _tf32:
+        torch.ops.torch_mtl_pyg.allow_tf32(allowed)
+        _tf32 = allowed
+    return allowed
+
+
+_tf32 = False
 
 
 def autocasts(device_type: str) -> bool:

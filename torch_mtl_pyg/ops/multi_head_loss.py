@@ -235,7 +235,9 @@ class _MultiHeadLoss(torch.autograd.Function):
                     ready = [g * number if need else g for g, need in zip(ready, needs, strict=True)]
                 return *(g if need else None for g, need in zip(ready, needs, strict=True)), *_REST
         v = task_weights(of_per_task, of_total, table.weight)
-        with torch.autocast(x.device.type, enabled=False):  # the saved tensors are what the forward has made of the arguments
+        with torch.autocast(
+            x.device.type, enabled=False
+        ):  # the saved tensors are what the forward has made of the arguments
             grads = _forward(x, weight, bias, targets, table, v, needs, False)[4:]
         return *(g if need else None for g, need in zip(grads, needs, strict=True)), *_REST
 

@@ -193,6 +193,21 @@ inline void meet_warp(uint32_t mask) {
   leave();
 }
 
+// Lanes that met others before may have exchanged more values, and show this one in the other of the two places: all of
+// those that meet get it in the same.
+inline void agree_on_exchanges(Fiber* lanes, uint32_t mask) {
+  unsigned most = 0;
+  for (int q = 0; q < kWarp; ++q)
+    if (mask >> q & 1 && lanes[q].exchanges > most) most = lanes[q].exchanges;
+  auto& values = block->warps[lanes[0].index / kWarp].values;
+  for (int q = 0; q < kWarp; ++q) {
+    if (!(mask >> q & 1) || lanes[q].exchanges == most) continue;
+    if ((most - lanes[q].exchanges) % 2)
+      std::memcpy(values[(most + 1) % 2][q], values[most % 2][q], sizeof(values[0][0]));
+    lanes[q].exchanges = most;
+  }
+}
+
 // Lets go the lanes of a warp of which all that are in the mask have come. Returns whether there were any.
 inline bool release_warp(Fiber* lanes, int count) {
   bool any = false;
@@ -209,6 +224,7 @@ inline bool release_warp(Fiber* lanes, int count) {
       all = all && lanes[q].state == State::kAtWarp && lanes[q].mask == mask;
     }
     if (!all) continue;
+    agree_on_exchanges(lanes, mask);
     for (int q = 0; q < count; ++q)
       if (mask >> q & 1) lanes[q].state = State::kReady;
     any = true;

@@ -10,10 +10,10 @@ inline int lane() { return fiber->index % kWarp; }
 template <class T>
 const unsigned char (*exchange(uint32_t mask, const T& value))[64] {
   static_assert(sizeof(T) <= 64, "a lane's place");
-  auto& values = block->warps[fiber->index / kWarp].values[fiber->exchanges++ % 2];
-  std::memcpy(values[lane()], &value, sizeof(T));
+  auto& values = block->warps[fiber->index / kWarp].values;
+  std::memcpy(values[fiber->exchanges++ % 2][lane()], &value, sizeof(T));
   meet_warp(mask);
-  return values;
+  return values[(fiber->exchanges + 1) % 2];
 }
 template <class T>
 T shown(const unsigned char (*values)[64], int by) {
@@ -69,6 +69,8 @@ uint32_t pack(float low, float high) {
   return from_float<T>(low).bits | static_cast<uint32_t>(from_float<T>(high).bits) << 16;
 }
 inline float fast_exp(float v) { return expf(v); }
+inline float fast_log(float v) { return logf(v); }
+inline float fast_divide(float a, float b) { return a / b; }
 inline uint32_t to_tf32(float v) {
   const uint32_t bits = __float_as_uint(v);
   return (bits & 0x7f800000u) == 0x7f800000u ? bits : (bits + 0x1000) & 0xffffe000u;
