@@ -81,8 +81,8 @@ def test_more_rows_than_are_summed_at_a_time(fused: None, d: int, k: int, roots:
     exact = reference_graph.aggregate_linear(
         leaves[0], adjacency, blocks, bias.double(), weight.double(), "mean", leaves[0] if roots else None, own
     )
-    exact_dx, *exact_dw = torch.autograd.grad(exact, leaves, grad.double())
-    exact_dw = torch.cat([part.flatten() for part in exact_dw])
+    exact_dx, *parts = torch.autograd.grad(exact, leaves, grad.double())
+    exact_dw = torch.cat([part.flatten() for part in parts])
     for ours, wanted in ((out, exact), (dx, exact_dx), (dw, exact_dw)):
         torch.testing.assert_close(ours.double(), wanted, rtol=1e-5, atol=1e-5 * wanted.abs().max().item())
 

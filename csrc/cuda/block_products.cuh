@@ -6,6 +6,7 @@
 // in tf32, which holds those exactly, and rounds the sums no further than their own type would, without its range.
 #pragma once
 
+#include <algorithm>
 #include <vector>
 
 #include "gemm.cuh"
