@@ -19,7 +19,7 @@ struct DotsTask {
 // time.
 template <class Sum, bool kVector, class In>
 __global__ void __launch_bounds__(kThreads, 2) edge_dots_kernel(DotsTask<In> t) {
-  constexpr int kPer = kPart<In, kVector>, kAtOnce = 4;
+  constexpr int kPer = kPart<In, kVector>;
   const Neighbours& graph = t.job.graph;
   const Group g = group_of(t.lanes);
   const int64_t e = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;

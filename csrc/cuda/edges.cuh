@@ -79,6 +79,8 @@ __device__ Edge<Sum> read_edge(const GatherJob& job, int64_t e, Sum share, int* 
   return {source, share};
 }
 
+constexpr int kAtOnce = 4;  // rows on their way to a group
+
 // Lanes that work on a row together: 4, 8, 16 or 32 neighbours of a warp.
 struct Group {
   int lanes, lane;

@@ -13,7 +13,6 @@
 namespace mtl::cuda {
 
 constexpr int64_t kPieceEdges = kThreads;
-constexpr int kAtOnce = 4;  // rows of x on their way to a group
 constexpr int kHubShift = 40;
 
 struct Hub {
@@ -58,19 +57,22 @@ struct GatherTask {
 };
 
 // ---- What becomes of the values of an edge. add: one more edge; merge: one more part.
-struct TakeSum {
-  static constexpr bool kOwn = false, kShares = false;
+struct Summed {
   template <class Sum>
   static __device__ Sum start(bool) {
     return Sum(0);
   }
   template <class Sum>
-  static __device__ void add(Sum& sum, Sum c, Sum v, Sum, Sum, bool) {
-    sum += c * v;
-  }
-  template <class Sum>
   static __device__ void merge(Sum& sum, Sum v, bool) {
     sum += v;
+  }
+};
+
+struct TakeSum : Summed {
+  static constexpr bool kOwn = false, kShares = false;
+  template <class Sum>
+  static __device__ void add(Sum& sum, Sum c, Sum v, Sum, Sum, bool) {
+    sum += c * v;
   }
   template <class Task, class Sum>
   static __device__ Sum finish(const Task& t, int64_t r, int64_t column, Sum sum, bool) {
@@ -101,19 +103,11 @@ struct TakeExtreme {
 
 // By rows of the result, their own: the gradient over the number of edges that hold the extreme value. NaN has no share
 // that would be a number.
-struct CountTies {
+struct CountTies : Summed {
   static constexpr bool kOwn = true, kShares = false;
-  template <class Sum>
-  static __device__ Sum start(bool) {
-    return Sum(0);
-  }
   template <class Sum>
   static __device__ void add(Sum& sum, Sum, Sum v, Sum own, Sum, bool) {
     if (v == own || own != own) sum += Sum(1);
-  }
-  template <class Sum>
-  static __device__ void merge(Sum& sum, Sum v, bool) {
-    sum += v;
   }
   template <class Task, class Sum>
   static __device__ Sum finish(const Task& t, int64_t r, int64_t column, Sum sum, bool) {
@@ -125,19 +119,11 @@ struct CountTies {
 
 // By rows of x, their own: the shares of the results they hold. The graph is turned around, and what is gathered are
 // the results.
-struct SumTies {
+struct SumTies : Summed {
   static constexpr bool kOwn = true, kShares = true;
-  template <class Sum>
-  static __device__ Sum start(bool) {
-    return Sum(0);
-  }
   template <class Sum>
   static __device__ void add(Sum& sum, Sum, Sum best, Sum own, Sum share, bool) {
     if (best == own || best != best) sum += share;
-  }
-  template <class Sum>
-  static __device__ void merge(Sum& sum, Sum v, bool) {
-    sum += v;
   }
   template <class Task, class Sum>
   static __device__ Sum finish(const Task&, int64_t, int64_t, Sum sum, bool) {
