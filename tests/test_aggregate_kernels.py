@@ -58,6 +58,35 @@ def test_hubs(isa: str, dtype: torch.dtype, reduce: str) -> None:
         assert_accurate(aggregate(x, adjacency, None, reduce), *expected(x, adjacency, None, reduce))
 
 
+@pytest.mark.parametrize(("d", "k", "roots"), [(600, 3, True), (3, 600, True), (600, 3, False), (3, 600, False)])
+def test_more_rows_than_are_summed_at_a_time(fused: None, d: int, k: int, roots: bool) -> None:
+    """Both directions, as runs of rows where sums are not kept; two blocks, and a hub in each direction."""
+    n = 15_000
+    some = edges(n, n, 3000, hub=700)
+    edge_index = torch.cat((some, some.flip(0)), 1)
+    adjacency, weight = Adjacency.of(edge_index, n), torch.randn(edge_index.shape[1])
+    x, bias, grad = torch.randn(n, d), torch.randn(k), torch.randn(n, k)
+    shapes = [(k - 1, d - 2), (1, 2)]
+    weights, root_weights = [torch.randn(s) for s in shapes], [torch.randn(s) for s in shapes if roots]
+    op = torch.ops.torch_mtl_pyg
+    root = x if roots else None
+    arguments = (*adjacency.by_target(), weight, weights, root, root_weights, bias, 1, False, False)
+    out, _ = op.aggregate_linear(x, *arguments)
+    shares = adjacency.by_target()[0].diff().clamp(min=1).float().reciprocal()
+    backward = (*adjacency.by_source(), weight, shares, weights, root_weights, True, True)
+    dx, dw = op.aggregate_linear_backward(grad, x, *backward)
+
+    leaves = [t.double().requires_grad_() for t in (x, *weights, *root_weights)]
+    blocks, own = leaves[1:3], leaves[3:] or None
+    exact = reference_graph.aggregate_linear(
+        leaves[0], adjacency, blocks, bias.double(), weight.double(), "mean", leaves[0] if roots else None, own
+    )
+    exact_dx, *parts = torch.autograd.grad(exact, leaves, grad.double())
+    exact_dw = torch.cat([part.flatten() for part in parts])
+    for ours, wanted in ((out, exact), (dx, exact_dx), (dw, exact_dw)):
+        torch.testing.assert_close(ours.double(), wanted, rtol=1e-5, atol=1e-5 * wanted.abs().max().item())
+
+
 def training(adjacency: Adjacency, tensors: Any, reduce: str) -> list[Tensor]:
     x, weight, v, bias, edge_weight = tensors
     root = x if adjacency.num_src == adjacency.num_dst else None

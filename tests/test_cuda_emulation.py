@@ -29,6 +29,7 @@ KERNELS = (
     *(f"products_{kind}" for kind in ("float32", "float64", "tf32", "bfloat16", "float16")),
     *(f"fused_{kind}" for kind in ("float32", "tf32", "bfloat16", "float16")),
 )
+GRAPHS = tuple(f"graphs_{kind}" for kind in ("float32", "float64", "bfloat16", "float16", "refused"))
 LACKING = ("no_wait", "no_barrier_behind_a_wait", "no_barrier", "no_warp_barrier", "no_meeting", "no_memory_there")
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g")
 
@@ -109,3 +110,17 @@ def test_kernels_under_sanitizers(kernels: Path, name: str) -> None:
     for order in ORDERS:
         done = run(kernels, name, order)
         assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def graphs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return compiled("graphs", tmp_path_factory.mktemp("graphs"), *SANITIZE)
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_kernels_over_edges_under_sanitizers(graphs: Path, name: str) -> None:
+    """The same, with equal bits in every order; and graphs that cannot be, through which nothing is read."""
+    results = [run(graphs, name, order) for order in ORDERS]
+    for done in results:
+        assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
+    assert len({done.stdout for done in results}) == 1

@@ -13,6 +13,7 @@ from conftest import require_fused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from torch_mtl_pyg import backend
 from torch_mtl_pyg.ops import group_edges, reference_graph
@@ -249,6 +250,17 @@ def test_meta_tensors(any_backend: str) -> None:
     ptr, index, perm = group_edges(key, key, 4, 4)
     assert ptr.shape == (5,) and index.shape == perm.shape == (9,)
     assert ptr.dtype == index.dtype == perm.dtype == torch.int64 and perm.is_meta
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_on_cuda_nothing_is_missing(any_backend: str, dtype: torch.dtype) -> None:
+    """PyTorch's own sort is the compiled form there: no warning, and no error with the fused backend."""
+    with warnings.catch_warnings(), FakeTensorMode():
+        warnings.simplefilter("error")
+        key = torch.empty(9, dtype=dtype, device="cuda")
+        ptr, index, perm = group_edges(key, key, 4, 4)
+    assert ptr.shape == (5,) and index.shape == perm.shape == (9,)
+    assert all(t.dtype == torch.int64 and t.device.type == "cuda" for t in (ptr, index, perm))
 
 
 def test_inside_transforms_of_torch_func(any_backend: str) -> None:

@@ -14,6 +14,7 @@ from torch_geometric.utils import add_self_loops, remove_self_loops
 
 from .ops._checks import check_range, has_values
 from .ops.group_edges import group_edges
+from .ops.reference_graph import group_edges as group_known_edges
 from .ops.reference_graph import pointers
 
 FLOWS = ("source_to_target", "target_to_source")
@@ -153,6 +154,8 @@ def _grouped(key: Tensor, other: Tensor, num_keys: int, num_others: int) -> Grou
         # Looking costs a fraction of sorting; on other devices the answer would have to be waited for.
         if key.device.type == "cpu" and _in_order(key):
             return pointers(key, num_keys), other, None
+        if key.is_cuda:  # the ends are known to be nodes, and to look again would be to wait again
+            return group_known_edges(key, other, num_keys)
         return group_edges(key, other, num_keys, num_others)
 
 

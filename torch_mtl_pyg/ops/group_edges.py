@@ -10,6 +10,9 @@ For keys :math:`k_e` and other ends :math:`o_e` of the edges :math:`e = 0, \ldot
 The edges of key :math:`j` are those from :math:`\mathrm{ptr}_j` to :math:`\mathrm{ptr}_{j+1}`. The result is unique,
 so every backend returns the same at any number of threads. The compiled op is a counting sort, linear in the number of
 edges and keys; nothing is differentiable.
+
+On CUDA devices there is no op of our own: PyTorch's stable radix sort and binary searches for ``ptr`` are the compiled
+form there, with every backend. The pointers do not come from counts (``bincount``), whose size the host would wait for.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ import torch
 from torch import Tensor
 
 from . import reference_graph
-from ._checks import check_same
+from ._checks import check_same, has_values
 from ._dispatch import LIBRARY, runs_fused
 
 Grouped = tuple[Tensor, Tensor, Tensor]
@@ -37,7 +40,8 @@ def group_edges(key: Tensor, other: Tensor, num_keys: int, num_others: int) -> G
 
     Where the edges come grouped already, ``perm`` counts from 0: shapes depend on no value. Inside ``torch.compile``,
     values are checked when the compiled op runs, which reports them as a RuntimeError; plain PyTorch does not check
-    them there.
+    them there. On CUDA devices the check waits for the device, but while a CUDA graph is captured, where it is an
+    assertion on the device.
 
     Returns:
         ``ptr`` ``[num_keys + 1]``, ``index`` ``[E]`` and ``perm`` ``[E]``, contiguous, int64.
@@ -53,6 +57,8 @@ def group_edges(key: Tensor, other: Tensor, num_keys: int, num_others: int) -> G
     _check_size("num_keys", num_keys)
     _check_size("num_others", num_others)
     device = key.device.type
+    if device == "cuda":
+        return _on_cuda(key, other, num_keys, num_others)
     if not runs_fused(device, "group_edges"):
         if device != "meta" and not torch.compiler.is_compiling():
             _check_values(key, other, num_keys, num_others)
@@ -70,6 +76,16 @@ def group_edges(key: Tensor, other: Tensor, num_keys: int, num_others: int) -> G
             _check_values(key, other, num_keys, num_others)
         raise
     return result
+
+
+def _on_cuda(key: Tensor, other: Tensor, num_keys: int, num_others: int) -> Grouped:
+    if torch.compiler.is_compiling() or not has_values(key):
+        pass
+    elif torch.cuda.is_current_stream_capturing():
+        torch._assert_async(~_out_of_range(key, other, num_keys, num_others).any(), "key, other: values out of range")
+    else:
+        _check_values(key, other, num_keys, num_others)
+    return reference_graph.group_edges(key, other, num_keys)
 
 
 def register() -> None:
@@ -122,9 +138,13 @@ def _check_size(name: str, value: object) -> None:
 
 def _check_values(key: Tensor, other: Tensor, num_keys: int, num_others: int) -> None:
     """Raises for the first edge with an end out of range."""
-    bad_key = (key < 0) | (key >= num_keys)
-    bad = (bad_key | (other < 0) | (other >= num_others)).nonzero()
+    bad = _out_of_range(key, other, num_keys, num_others).nonzero()
     if bad.numel():
         edge = int(bad[0])
-        name, values, size = ("key", key, num_keys) if bad_key[edge] else ("other", other, num_others)
+        bad_key = not 0 <= int(key[edge]) < num_keys
+        name, values, size = ("key", key, num_keys) if bad_key else ("other", other, num_others)
         raise IndexError(f"{name}: expected values in [0, {size}), got {int(values[edge])} at edge {edge}.")
+
+
+def _out_of_range(key: Tensor, other: Tensor, num_keys: int, num_others: int) -> Tensor:
+    return (key < 0) | (key >= num_keys) | (other < 0) | (other >= num_others)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def group_edges(key: Tensor, other: Tensor, num_keys: int) -> tuple[Tensor, Tensor, Tensor]:
     """``ptr``, ``index`` and ``perm`` as in :func:`torch_mtl_pyg.ops.group_edges`; values are not checked."""
     ordered, perm = torch.sort(key, stable=True)
-    return pointers(ordered, num_keys), other[perm].to(torch.int64), perm
+    return pointers(ordered, num_keys), other.index_select(0, perm).to(torch.int64), perm
 
 
 def pointers(ordered: Tensor, num_keys: int) -> Tensor:
