@@ -51,7 +51,7 @@ struct Backward {
     const Tensor z = empty_on(x, {step, columns}, wide);
     std::optional<Tensor> roots_sums, parts;
     if (own_roots) roots_sums = empty_on(x, {step, d}, wide);
-    const int64_t cuts = slices(step);
+    const int64_t cuts = library_multiplies<T, T, Sum, T>(blocks) ? 1 : slices(step);
     Sum* sums = nullptr;
     if (need_weight && dw_size > 0) {
       parts = empty_on(x, {cuts, dw_size}, wide);

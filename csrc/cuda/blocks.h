@@ -7,6 +7,7 @@
 #include "block_products.cuh"
 #include "engines.h"
 #include "graph_host.h"
+#include "library.h"
 
 namespace mtl::cuda {
 
@@ -61,11 +62,39 @@ struct Added {
   int64_t row = 0;
 };
 
+// One block whose numbers are all of one type is PyTorch's library's to multiply.
+template <class A, class T, class Sum, class Out>
+bool library_multiplies(const Blocks& blocks) {
+  return std::is_same_v<A, T> && std::is_same_v<Sum, T> && std::is_same_v<Out, T> && blocks.count() == 1 &&
+         blocks.k() > 0 && blocks.d() > 0 && has_library();
+}
+template <class T>
+Tensor tensor_of(const Rows<T>& rows, int64_t cols, const Tensor& like) {
+  return tensor_over(rows.data, rows.rows, cols, rows.row_stride, rows.col_stride, like.scalar_type(), like);
+}
+// out = a b, + add.
+template <class Sum>
+void multiply_by_library(const Tensor& a, const Tensor& b, Added<Sum> add, Sum* to, const Tensor& like) {
+  const int64_t rows = a.size(0), cols = b.size(1);
+  Tensor out = tensor_over(to, rows, cols, cols, 1, like.scalar_type(), like);
+  if (add.data)
+    library_product(a, b, tensor_over(add.data, rows, cols, add.row, 1, like.scalar_type(), like), out);
+  else
+    library_product(a, b, out);
+}
+
 // out [rows, of all blocks] = the columns of each block times its weights, + add. kForward: with W^T, from D columns to
 // K; else with W, from K to D.
 template <class Engine, bool kForward, class T, class A, class Out>
 void multiply_blocks(const Blocks& blocks, const Rows<A>& from, Added<typename Engine::Sum> add, Out* out,
                      cudaStream_t stream, const char* what) {
+  if constexpr (std::is_same_v<typename Engine::Sum, Out> && std::is_same_v<A, Out> && std::is_same_v<T, Out>) {
+    if (library_multiplies<A, T, typename Engine::Sum, Out>(blocks) && from.rows > 0) {
+      const Tensor& w = blocks.weights[0];
+      return multiply_by_library(tensor_of(from, kForward ? blocks.d() : blocks.k(), w), kForward ? turned(w) : w, add,
+                                 out, w);
+    }
+  }
   const std::vector<int64_t>& in_at = kForward ? blocks.columns : blocks.rows;
   const std::vector<int64_t>& out_at = kForward ? blocks.rows : blocks.columns;
   std::vector<BlockJob<A, T, typename Engine::Sum, Out>> jobs;
@@ -80,6 +109,13 @@ template <class Engine, class T, class G>
 void multiply_gradients(const Blocks& blocks, const Rows<G>& g, const Rows<T>& x, typename Engine::Sum* sums,
                         bool accumulate, int64_t slices, int64_t to_next, cudaStream_t stream, const char* what) {
   using Sum = typename Engine::Sum;
+  if constexpr (std::is_same_v<G, T> && std::is_same_v<Sum, T>) {
+    if (slices == 1 && library_multiplies<G, T, Sum, Sum>(blocks) && g.rows > 0) {
+      const Tensor& w = blocks.weights[0];
+      const Added<Sum> add{accumulate ? sums : nullptr, blocks.d()};
+      return multiply_by_library(turned(tensor_of(g, blocks.k(), w)), tensor_of(x, blocks.d(), w), add, sums, w);
+    }
+  }
   std::vector<BlockJob<G, T, Sum, Sum>> jobs;
   for (size_t b = 0; b < blocks.count(); ++b) {
     const int64_t width = blocks.columns[b + 1] - blocks.columns[b];

@@ -20,6 +20,28 @@ __attribute__((weak)) AOTITorchError aoti_torch_cuda_addmm_out(AtenTensorHandle 
 
 namespace mtl::cuda {
 
+inline bool has_library() {
+#ifdef MTL_EMULATE_CUDA
+  return false;
+#else
+  return aoti_torch_cuda_mm_out != nullptr && aoti_torch_cuda_addmm_out != nullptr;
+#endif
+}
+
+// A tensor over memory that belongs to another one of the same device.
+inline Tensor tensor_over(const void* data, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride,
+                          ScalarType dtype, const Tensor& like) {
+  const int64_t sizes[2] = {rows, cols}, strides[2] = {row_stride, col_stride};
+  int32_t device_type = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_create_tensor_from_blob(const_cast<void*>(data), 2, sizes, strides, 0,
+                                         torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+                                         device_type, like.get_device_index(), &handle));
+  return Tensor(handle);
+}
+
 // out = a b, of the dtype of a, or float32. False: there is no such function.
 inline bool library_product(const Tensor& a, const Tensor& b, Tensor& out) {
 #ifdef MTL_EMULATE_CUDA

@@ -176,50 +176,6 @@ __global__ void __launch_bounds__(kThreads, 1)
   job.bias_parts[blockIdx.x * k + thread] = bias_sum;
 }
 
-// ---- From logits in global memory: a block 256 rows of a task; a row has as many lanes as its width asks for. z [N,
-// K], to which the bias may have to be added first, becomes the gradients; g, or null, takes them as elements.
-template <int kLanes, class Element, class Sum>
-__device__ double losses_of_rows(const LossJob<Element, Sum>& job, const DeviceTask& task, int64_t t, int64_t n,
-                                 int64_t k, Sum* z, Element* g, bool gradient, bool add_bias) {
-  constexpr int kRowsOfWarp = 32 / kLanes;
-  const int lane = static_cast<int>(threadIdx.x) % kLanes, in_warp = static_cast<int>(threadIdx.x) % 32 / kLanes;
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x / 32 * 32;
-  double sum = 0;
-  for (int64_t r = first + in_warp; r < n && r < first + 32; r += kRowsOfWarp) {
-    Sum* const at = z + r * k + task.begin;
-    if (add_bias && job.bias) {
-      for (int64_t c = lane; c < task.width; c += kLanes)
-        at[c] += converted<Sum>(job.bias[(task.begin + c) * job.bias_stride]);
-      if constexpr (kLanes > 1) __syncwarp(lanes_mask<kLanes>());
-    }
-    sum += row_loss<Sum, kLanes>(task, job.reals, at, 1, job.labels + task.label_row * job.label_step + r,
-                                 job.label_step, job.scale[t], gradient, lane);
-    // A lane may have written what another one reads: mean and variance.
-    if constexpr (kLanes > 1) __syncwarp(lanes_mask<kLanes>());
-    if constexpr (sizeof(Element) != sizeof(Sum))
-      if (g)
-        for (int64_t c = lane; c < task.width; c += kLanes) g[r * k + task.begin + c] = from_float<Element>(at[c]);
-  }
-  return sum;
-}
-template <class Element, class Sum>
-__global__ void __launch_bounds__(kThreads, 2) logits_loss_kernel(LossJob<Element, Sum> job, int64_t n, int64_t k,
-                                                                  Sum* z, Element* g, bool gradient, bool add_bias) {
-  __shared__ double places[kWarps];
-  for (int64_t t = blockIdx.y; t < job.task_count; t += gridDim.y) {
-    const DeviceTask& task = job.tasks[t];
-    double sum;
-    if (task.width <= 8)
-      sum = losses_of_rows<1>(job, task, t, n, k, z, g, gradient, add_bias);
-    else if (task.width <= 128)
-      sum = losses_of_rows<8>(job, task, t, n, k, z, g, gradient, add_bias);
-    else
-      sum = losses_of_rows<32>(job, task, t, n, k, z, g, gradient, add_bias);
-    sum = block_sum(sum, places);
-    if (threadIdx.x == 0) job.loss_parts[blockIdx.x * job.task_count + t] = sum;
-  }
-}
-
 // ---- G[i, j] = sum over the block of S * P, for the tasks i of some rows and all j. A warp a pair of tasks.
 template <class Sum>
 __global__ void __launch_bounds__(kThreads)

@@ -17,6 +17,7 @@
 #include "engines.h"
 #include "host.h"
 #include "library.h"
+#include "logits_loss.cuh"
 #include "warp_loss.cuh"
 
 namespace mtl::cuda {
@@ -111,7 +112,7 @@ struct Run {
                        t.missing_number, t.counts()});
       if (t.counts()) label_rows += t.labels.columns;
     }
-    for (const DeviceTask& t : tasks) add_slots(t, static_cast<int>(&t - tasks.data()));
+    for (const DeviceTask& t : tasks) add_slots(t);
     label_rows_ = label_rows;
     Staging staging;
     const bool weight_here = call.task_weight.is_cpu();
@@ -119,6 +120,8 @@ struct Run {
                   at_reals = staging.add(call.reals.const_data_ptr(), call.reals.size(0) * 8),
                   at_weight = staging.add(call.task_weight.const_data_ptr(), weight_here ? count * 8 : 0),
                   at_slots = staging.add(slots_.data(), static_cast<int64_t>(slots_.size() * sizeof(Slot))),
+                  at_warp_tasks =
+                      staging.add(warp_tasks_.data(), static_cast<int64_t>(warp_tasks_.size() * sizeof(WarpTask))),
                   at_wrong = staging.add(&zero, 8);
     const int64_t label_blocks = std::max<int64_t>(1, (n + kLabelRows - 1) / kLabelRows);
     job.label_step = (n + 3) / 4 * 4;  // 16 bytes, which can be copied at once
@@ -139,6 +142,7 @@ struct Run {
     job.tasks = reinterpret_cast<const DeviceTask*>(staged + at_tasks);
     job.reals = reinterpret_cast<const double*>(staged + at_reals);
     device_slots_ = reinterpret_cast<const Slot*>(staged + at_slots);
+    device_warp_tasks_ = reinterpret_cast<const WarpTask*>(staged + at_warp_tasks);
     weight_ = weight_here ? reinterpret_cast<const double*>(staged + at_weight)
                           : static_cast<const double*>(call.task_weight.const_data_ptr());
     norm_ = norm;
@@ -176,21 +180,24 @@ struct Run {
  private:
   int64_t label_rows_ = 0;
   std::vector<Slot> slots_;
+  std::vector<WarpTask> warp_tasks_;
   bool slots_fit_ = true;
   const Slot* device_slots_ = nullptr;
+  const WarpTask* device_warp_tasks_ = nullptr;
   const double *weight_ = nullptr, *norm_ = nullptr;
   double* means_ = nullptr;
 
   // The task's fragments of eight columns, where a warp can keep its logits in registers.
-  void add_slots(const DeviceTask& t, int number) {
+  void add_slots(const DeviceTask& t) {
     const bool plain = t.loss == Loss::kCrossEntropy && t.option == 0 && t.numbers < 0;
     slots_fit_ =
         slots_fit_ && (plain || !t.counts) && static_cast<int64_t>(slots_.size()) + (t.width + 7) / 8 <= kMostSlots;
+    if (slots_fit_)
+      warp_tasks_.push_back({static_cast<int>(slots_.size()), static_cast<int>((t.width + 7) / 8),
+                             t.counts ? static_cast<int>(t.label_row) : -1, 0.0f});
     for (int64_t c = 0; slots_fit_ && c < t.width; c += 8)
-      slots_.push_back({(c == 0 ? kStarts : 0) | (c + 8 >= t.width ? kEnds : 0),
-                        t.counts ? static_cast<int>(t.label_row) : -1, static_cast<int>(c), 0.0f, number,
-                        static_cast<int>(t.begin + c), static_cast<int>(std::min<int64_t>(8, t.width - c)), 0});
-    if (!slots_fit_) slots_.clear();
+      slots_.push_back({static_cast<int>(t.begin + c), static_cast<int>(std::min<int64_t>(8, t.width - c))});
+    if (!slots_fit_) slots_.clear(), warp_tasks_.clear();
   }
 
   // Sums of the blocks: gradients of the parameters, and losses.
@@ -245,9 +252,9 @@ struct Run {
     const int64_t tiles = (n + Shape::kRows - 1) / Shape::kRows;
     const int64_t blocks = std::min<int64_t>(tiles, (K <= 32 ? 2 : 1) * multiprocessors(call.x));
     const Pieces parts = make_parts(blocks, true);
-    launch_persistent(
-        warp_loss_kernel<Engine, K, D>, blocks, shared,
-        WarpLossJob<Element>{job, device_slots_, static_cast<int>(slots_.size()), static_cast<int>(label_rows_)});
+    launch_persistent(warp_loss_kernel<Engine, K, D>, blocks, shared,
+                      WarpLossJob<Element>{job, device_slots_, device_warp_tasks_, static_cast<int>(slots_.size()),
+                                           static_cast<int>(warp_tasks_.size()), static_cast<int>(label_rows_)});
     return true;
   }
 
@@ -276,26 +283,48 @@ struct Run {
     check_launch(sum_parts(parts, number, size, static_cast<Element*>(out.mutable_data_ptr()), stream), kName);
   }
 
+  // Losses, and gradients in the place of the logits or beside them.
+  void losses_of_logits(LogitsJob<Element, Sum> with, unsigned tasks_across) {
+    const auto tile_of = [&](int rows) {
+      const int64_t row = k % 2 ? k : k + 1, bytes = count * 8 + rows * row * static_cast<int64_t>(sizeof(Sum));
+      constexpr int64_t kMost = 100 << 10;  // two blocks of a multiprocessor
+      return LogitTile{bytes <= std::min(kMost, max_shared(call.x)) ? rows : 0, static_cast<int>(row),
+                       static_cast<size_t>(bytes)};
+    };
+    LogitTile tile = tile_of(32);
+    if (tile.rows == 0) tile = tile_of(8);
+    const int64_t rows = tile.rows > 0 ? tile.rows : kThreads;
+    int64_t blocks = std::max<int64_t>(1, (n + rows - 1) / rows);
+    if (tile.rows > 0) blocks = std::min<int64_t>(blocks, 8 * multiprocessors(call.x));
+    const Pieces parts = make_parts(blocks);
+    with.loss.loss_parts = job.loss_parts;
+    const dim3 grid(static_cast<unsigned>(blocks), tile.rows > 0 ? 1 : tasks_across);
+    if (tile.rows > 0) {
+      const auto kernel = logit_tiles_kernel<Element, Sum>;
+      check_launch(allow_shared(kernel, tile.shared), kName);
+      check_launch(launch(kernel, grid, dim3(kThreads), tile.shared, stream, with, tile), kName);
+    } else {
+      check_launch(launch(logits_loss_kernel<Element, Sum>, grid, dim3(kThreads), 0, stream, with), kName);
+    }
+    check_launch(finish<Sum, Element>({}, {}, losses(blocks), stream), kName);
+  }
+
   // Logits, then losses and gradients at the logits, then a product for each gradient.
   void through_memory(unsigned tasks_across) {
-    const int64_t blocks = std::max<int64_t>(1, (n + kThreads - 1) / kThreads);
     const bool wants = gradient() || call.need_gramian, some = n > 0 && d > 0;
     constexpr bool kOne = sizeof(Element) == sizeof(Sum);
     Tensor logits = empty_on(call.x, {n, k}, call.per_task.scalar_type());
     Tensor rounded = gradient() && !kOne ? empty_on(call.x, {n, k}, call.x.scalar_type()) : logits;
     Sum* const z = static_cast<Sum*>(logits.mutable_data_ptr());
     Element* const g = static_cast<Element*>(rounded.mutable_data_ptr());
-    const Pieces parts = make_parts(blocks);
     // The library's product leaves the bias to the next kernel.
     const bool add_bias = some && library_product(call.x, turned(call.weight), logits);
     if (!add_bias)
       check_launch(
           gemm<Engine, Sum, false, false>({job.x, job.weight, job.bias, job.bias_stride, z, n, k, d}, 1, stream),
           kName);
-    check_launch(launch(logits_loss_kernel<Element, Sum>, dim3(static_cast<unsigned>(blocks), tasks_across),
-                        dim3(kThreads), 0, stream, job, n, k, z, gradient() ? g : nullptr, wants, add_bias),
-                 kName);
-    check_launch(finish<Sum, Element>({}, {}, losses(blocks), stream), kName);
+    losses_of_logits({job, n, k, z, gradient() && !kOne ? g : nullptr, wants, add_bias, kOne || call.need_gramian},
+                     tasks_across);
     const auto gradients = view_of<Element>(g, n, k, k, 1);
     if (call.need_x && !(some && library_product(rounded, call.weight, call.dx)))
       check_launch(gemm<Engine, Element, false, true>({gradients, job.weight, nullptr, 0, job.dx, n, d, k}, 1, stream),
@@ -313,7 +342,7 @@ struct Run {
       add_up(job.weight_parts, slices, k * d, call.dw);
     }
     if (call.need_bias) {
-      check_launch(column_sums(view_of<Sum>(z, n, k, k, 1), slices, job.bias_parts, stream), kName);
+      check_launch(column_sums(gradients, slices, job.bias_parts, stream), kName);
       add_up(job.bias_parts, slices, k, call.db);
     }
     if (call.need_gramian) gramian(view_of<Sum>(z, n, k, k, 1));

@@ -1,6 +1,6 @@
-// Heads of 16-bit numbers with cross-entropy losses and all gradients in one launch. A warp computes 16 rows of logits
-// and keeps them in registers until they are gradients, which are the left operand of dx as they lie; only dW needs the
-// rows of all warps, and gets them through shared memory. The limits are worked out in csrc/README.md.
+// Heads of 16-bit numbers with cross-entropy losses and all gradients in one launch. A warp has 16 rows of a tile: it
+// computes their logits, their losses and dx without waiting for the other warps; only dW needs the rows of all. The
+// limits, and what was measured, are in csrc/README.md.
 //
 // Columns: each task begins at a multiple of eight, a fragment's width; its last fragment is filled up with weights of
 // zero. Tasks: cross-entropy without class weights and label smoothing, and those without labels.
@@ -10,64 +10,50 @@
 
 namespace mtl::cuda {
 
-// Eight columns of the padded logits, all of one task.
-struct alignas(16) Slot {
-  int borders, label_row;  // kStarts, kEnds; -1: no labels
-  int first;               // which of the task's columns come here: eight from this one on
-  float scale;
-  int task, begin, count;  // `count` columns from `begin` of the packed logits
-  int unused;
+constexpr int kMostSlots = 16;  // of eight columns
+struct Slot {
+  int begin, count;  // `count` columns from `begin` of the packed logits
 };
-constexpr int kStarts = 1, kEnds = 2;
-constexpr int kMostSlots = 16;
-constexpr int kMissingClass = 1024;  // more than there are columns
+struct WarpTask {
+  int slot, slots;
+  int label_row;  // or -1
+  float scale;
+};
 
 template <class Element>
 struct WarpLossJob {
   LossJob<Element, float> loss;
   const Slot* slots;
-  int slot_count, label_rows;
+  const WarpTask* tasks;
+  int slot_count, task_count, label_rows;
 };
 
 template <class Engine, int K, int D>
 struct WarpLossShape {
   using Element = typename Engine::Element;
   static constexpr int kRows = 16 * kWarps, kSlots = K / 8;
-  static constexpr int kRow = row_of<Element>(D), kGradientRow = row_of<Element>(K);
+  // Rows of logits begin four banks apart, so that lanes that have a row each read 16 bytes without conflicts.
+  static constexpr int kRow = row_of<Element>(D), kGradientRow = row_of<Element>(K), kLogitRow = K + 4;
   static constexpr int kWeights = K * kRow, kTile = kRows * kRow, kGradients = kRows * kGradientRow;
   static constexpr size_t kElements = sizeof(Element) * (kWeights + 2 * kTile + kGradients);
-  static constexpr size_t kLosses = sizeof(double) * kWarps * kSlots, kSlotBytes = sizeof(Slot) * kSlots;
-  static constexpr size_t kKnown = sizeof(float) * kWarps * kSlots * 32;
+  static constexpr size_t kLogits = sizeof(float) * kRows * kLogitRow;
+  static constexpr size_t kLosses = sizeof(double) * kWarps * kSlots;
+  static constexpr size_t kTables = (sizeof(Slot) + sizeof(WarpTask)) * kSlots + sizeof(float) * K;
   static size_t shared(int64_t label_rows) {
-    return kElements + kLosses + kSlotBytes + sizeof(float) * K + kKnown + 2 * sizeof(float) * kRows * label_rows;
+    return kElements + kLogits + kLosses + kTables + 2 * sizeof(float) * kRows * label_rows;
   }
 };
 
-__device__ inline float quad_sum(float v) {
-  v += __shfl_xor_sync(0xffffffffu, v, 1);
-  return v + __shfl_xor_sync(0xffffffffu, v, 2);
-}
-__device__ inline float quad_max(float v) {
-  v = fmaxf(v, __shfl_xor_sync(0xffffffffu, v, 1));
-  return fmaxf(v, __shfl_xor_sync(0xffffffffu, v, 2));
-}
-
-// The logits of a warp's 16 rows as fragments: v[j][q] is row lane / 4 + q / 2 * 8, column j * 8 + lane % 4 * 2 + q
-// % 2.
-template <int kSlots>
-struct RowsOfWarp {
-  float v[kSlots][4];
-};
-
-// Logits of 16 rows x [16, depth] and weights [K, depth].
+// Logits of 16 rows x [16, depth] and weights [K, depth], with their bias, into z.
 template <class Element, int K>
-__device__ void warp_logits(const Element* x, const Element* weight, int row, int depth, const float* bias,
-                            RowsOfWarp<K / 8>& z) {
+__device__ void warp_logits(const Element* x, const Element* weight, int row, int depth, const float* bias, float* z,
+                            int z_row) {
   const int lane = static_cast<int>(threadIdx.x) % 32, quarter = lane / 8, in_quarter = lane % 8;
+  float sum[K / 8][4];
 #pragma unroll
   for (int j = 0; j < K / 8; ++j)
 #pragma unroll
-    for (int q = 0; q < 4; ++q) z.v[j][q] = 0.0f;
+    for (int q = 0; q < 4; ++q) sum[j][q] = 0.0f;
 #pragma unroll 1
   for (int k = 0; k < depth; k += 16) {
     uint32_t left[4];
@@ -77,14 +63,21 @@ __device__ void warp_logits(const Element* x, const Element* weight, int row, in
       uint32_t right[4];
       ldmatrix_x4(right, weight + (j * 8 + in_quarter + quarter / 2 * 8) * row + k + quarter % 2 * 8);
       const uint32_t first[2] = {right[0], right[1]}, second[2] = {right[2], right[3]};
-      mma(z.v[j], left, first, Element{});
-      mma(z.v[j + 1], left, second, Element{});
+      mma(sum[j], left, first, Element{});
+      mma(sum[j + 1], left, second, Element{});
     }
   }
+  struct alignas(8) Two {
+    float a, b;
+  };
 #pragma unroll
-  for (int j = 0; j < K / 8; ++j)
+  for (int j = 0; j < K / 8; ++j) {
+    const int c = j * 8 + lane % 4 * 2;
+    const Two own = *reinterpret_cast<const Two*>(bias + c);
 #pragma unroll
-    for (int q = 0; q < 4; ++q) z.v[j][q] += bias[j * 8 + lane % 4 * 2 + q % 2];
+    for (int h = 0; h < 2; ++h)
+      *reinterpret_cast<Two*>(z + (lane / 4 + h * 8) * z_row + c) = {sum[j][h * 2] + own.a, sum[j][h * 2 + 1] + own.b};
+  }
 }
 
 // log(1 + x) for x >= 0, also where it is small.
@@ -93,106 +86,57 @@ __device__ inline float fast_log1p(float x) {
   return x < 0.03125f ? series : fast_log(1.0f + x);
 }
 
-// Losses of the warp's rows, added to losses[slot]; z becomes the gradients at the logits. Maths as in losses.cuh, with
-// three passes over the fragments, since a task's largest logit and its sum of exponentials are known where it ends:
-// `known` keeps both, two times 16 numbers a slot. What is as large as the largest logit is counted, not added, so that
-// the rest keeps its digits. Columns that fill up a fragment have logits of -inf, which add nothing.
-template <int kSlots>
-__device__ void warp_losses(const Slot* slots, const float* labels, int rows, int64_t live_rows, RowsOfWarp<kSlots>& z,
-                            float* known, double* losses) {
-  const int lane = static_cast<int>(threadIdx.x) % 32, column = lane % 4 * 2, row = lane / 4;
-  const bool live[2] = {row < live_rows, row + 8 < live_rows}, first_of_quad = lane % 4 == 0;
-  float* const factors = known + kSlots * 16;
-  // The class of row `row + h * 8`, counted from this thread's first column of the task on; -128 for a missing label.
-  const auto class_of = [&](const Slot& s, int h) {
-    const float y = s.label_row >= 0 ? labels[s.label_row * rows + row + h * 8] : __uint_as_float(0x7fc00000u);
-    return live[h] && y == y ? static_cast<int>(y) - column : -kMissingClass;
-  };
-  {
-    float largest[2];
-#pragma unroll
-    for (int j = 0; j < kSlots; ++j) {
-      const int borders = slots[j].borders;
-      if (j == 0 || borders & kStarts) largest[0] = largest[1] = __uint_as_float(0xff800000u);
-#pragma unroll
-      for (int h = 0; h < 2; ++h) largest[h] = fmaxf(largest[h], fmaxf(z.v[j][h * 2], z.v[j][h * 2 + 1]));
-      if (borders & kEnds) {
-        largest[0] = quad_max(largest[0]);
-        largest[1] = quad_max(largest[1]);
-        if (first_of_quad) {
-          known[j * 16 + row] = largest[0];
-          known[j * 16 + row + 8] = largest[1];
-        }
-      }
+// Losses of the warp's rows, added to losses[task], and their gradients at the logits, to g. A lane has a row of a
+// task. Maths as in losses.cuh; what is as large as the largest logit is counted, not added, so that the rest keeps its
+// digits. Columns that fill up a fragment have logits of -inf, which add nothing.
+template <class Element>
+__device__ void warp_losses(const WarpTask* tasks, int task_count, const float* labels, int label_row_step,
+                            int64_t live_rows, float* z, int z_row, Element* g, int g_row, double* losses) {
+  const int lane = static_cast<int>(threadIdx.x) % 32, r = lane % 16;
+  for (int t = lane / 16; t < task_count; t += 2) {
+    const WarpTask task = tasks[t];
+    Four<float>* const own = reinterpret_cast<Four<float>*>(z + r * z_row + task.slot * 8);
+    Element* const to = g + r * g_row + task.slot * 8;
+    const float y = task.label_row >= 0 && r < live_rows ? labels[task.label_row * label_row_step + r]
+                                                         : __uint_as_float(0x7fc00000u);
+    const bool missing = y != y;
+    const int label = missing ? 0 : static_cast<int>(y), pieces = task.slots * 2;
+    float largest = __uint_as_float(0xff800000u);
+    for (int p = 0; p < pieces; ++p) {
+      const Four<float> four = own[p];
+      largest = fmaxf(fmaxf(largest, fmaxf(four.v[0], four.v[1])), fmaxf(four.v[2], four.v[3]));
     }
-  }
-  __syncwarp();
-  float largest[2] = {}, all[2] = {}, rest[2] = {}, at_class[2] = {};
-  int own[2] = {};
+    const float at_label = reinterpret_cast<const float*>(own)[label] - largest;
+    float all = 0.0f, rest = 0.0f;
+    for (int p = 0; p < pieces; ++p) {
+      Four<float> four = own[p];
 #pragma unroll
-  for (int j = kSlots - 1; j >= 0; --j) {
-    const Slot& s = slots[j];
-    const int borders = s.borders;
-    if (borders & kEnds) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        largest[h] = known[j * 16 + row + h * 8];
-        own[h] = class_of(s, h) - s.first;
-        all[h] = rest[h] = at_class[h] = 0.0f;
+      for (int q = 0; q < 4; ++q) {
+        const float e = fast_exp(four.v[q] - largest);
+        four.v[q] = e;
+        all += e;
+        rest += e >= 1.0f ? 0.0f : e;
       }
+      own[p] = four;
     }
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-#pragma unroll
-      for (int q = 0; q < 2; ++q) {
-        const float v = z.v[j][h * 2 + q] - largest[h], e = fast_exp(v);
-        z.v[j][h * 2 + q] = e;
-        all[h] += e;
-        if (!(e >= 1.0f)) rest[h] += e;
-        if (own[h] == q) at_class[h] += v;
-      }
-      own[h] += 8;
+    const float beside = rest + (rintf(all - rest) - 1.0f);
+    float loss = missing ? 0.0f : fast_log1p(beside) - at_label;
+    const float factor = fast_divide(task.scale, 1.0f + beside);
+    const float at_own = reinterpret_cast<const float*>(own)[label] * factor - task.scale;
+    struct alignas(16) Eight {
+      uint32_t v[4];
+    };
+    for (int p = 0; p < pieces; p += 2) {
+      const Four<float> a = own[p], b = own[p + 1];
+      Eight packed{};
+      if (!missing)
+        packed = {pack<Element>(a.v[0] * factor, a.v[1] * factor), pack<Element>(a.v[2] * factor, a.v[3] * factor),
+                  pack<Element>(b.v[0] * factor, b.v[1] * factor), pack<Element>(b.v[2] * factor, b.v[3] * factor)};
+      *reinterpret_cast<Eight*>(to + p * 4) = packed;
     }
-    if (borders & kStarts) {
-      float loss = 0.0f;
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const float others = quad_sum(rest[h]), equal = rintf(quad_sum(all[h]) - others);
-        const float beside = others + (equal - 1.0f), v = quad_sum(at_class[h]);
-        const bool missing = class_of(s, h) <= -kMissingClass;
-        if (first_of_quad) {
-          if (!missing) loss += fast_log1p(beside) - v;
-          factors[j * 16 + row + h * 8] = missing ? 0.0f : fast_divide(s.scale, 1.0f + beside);
-        }
-      }
-      for (int offset = 4; offset < 32; offset *= 2) loss += __shfl_xor_sync(0xffffffffu, loss, offset);
-      if (lane == 0) losses[j] += static_cast<double>(loss);
-    }
-  }
-  __syncwarp();
-  float factor[2] = {};
-  bool missing[2] = {};
-#pragma unroll
-  for (int j = 0; j < kSlots; ++j) {
-    const Slot& s = slots[j];
-    if (s.borders & kStarts) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        factor[h] = factors[j * 16 + row + h * 8];
-        own[h] = class_of(s, h);
-        missing[h] = own[h] <= -kMissingClass;
-      }
-    }
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-#pragma unroll
-      for (int q = 0; q < 2; ++q) {
-        float g = z.v[j][h * 2 + q] * factor[h];
-        if (own[h] == q) g -= s.scale;
-        z.v[j][h * 2 + q] = missing[h] ? 0.0f : g;
-      }
-      own[h] -= 8;
-    }
+    if (!missing) to[label] = from_float<Element>(at_own);
+    loss = lanes_sum<16>(loss);
+    if (r == 0) losses[t] += static_cast<double>(loss);
   }
 }
 
@@ -207,11 +151,12 @@ __global__ void __launch_bounds__(kThreads, K <= 32 ? 2 : 1)
   Element* const weight = reinterpret_cast<Element*>(memory);
   Element* const tiles = weight + Shape::kWeights;
   Element* const gradients = tiles + 2 * Shape::kTile;
-  double* const losses = reinterpret_cast<double*>(memory + Shape::kElements);
-  Slot* const slots = reinterpret_cast<Slot*>(losses + kWarps * kSlots);
+  float* const z = reinterpret_cast<float*>(memory + Shape::kElements);
+  double* const losses = reinterpret_cast<double*>(memory + Shape::kElements + Shape::kLogits);
+  WarpTask* const tasks = reinterpret_cast<WarpTask*>(losses + kWarps * kSlots);
+  Slot* const slots = reinterpret_cast<Slot*>(tasks + kSlots);
   float* const bias = reinterpret_cast<float*>(slots + kSlots);
-  float* const known = bias + K;
-  float* const label_tiles = known + kWarps * kSlots * 32;
+  float* const label_tiles = bias + K;
 
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
   const int quarter = lane / 8, in_quarter = lane % 8;
@@ -231,14 +176,13 @@ __global__ void __launch_bounds__(kThreads, K <= 32 ? 2 : 1)
   };
   int tile = static_cast<int>(blockIdx.x);
   load(tile, 0);
-  if (thread < kSlots) {
-    Slot s{kStarts | kEnds, -1, 0, 0.0f, -1, 0, 0, 0};
-    if (thread < warp_job.slot_count) {
-      s = warp_job.slots[thread];
-      s.scale = job.scale[s.task];
-    }
-    slots[thread] = s;
+  if (thread < kSlots) slots[thread] = thread < warp_job.slot_count ? warp_job.slots[thread] : Slot{0, 0};
+  if (thread < warp_job.task_count) {
+    WarpTask task = warp_job.tasks[thread];
+    task.scale = job.scale[thread];
+    tasks[thread] = task;
   }
+  for (int i = thread; i < Shape::kGradients; i += kThreads) gradients[i] = Element{};  // of slots without a task
   for (int i = thread; i < kWarps * kSlots; i += kThreads) losses[i] = 0;
   __syncthreads();
   for (int j = 0; j < kSlots; ++j) {
@@ -264,22 +208,14 @@ __global__ void __launch_bounds__(kThreads, K <= 32 ? 2 : 1)
     cp_async_wait<0>();
     __syncthreads();  // this tile is here, and nobody reads the one before any more
     load(tile + static_cast<int>(gridDim.x), at ^ 1);
-    RowsOfWarp<kSlots> z;
-    warp_logits<Element, K>(own_x, weight, kRow, depth, bias, z);
-    warp_losses<kSlots>(slots, label_tiles + at * label_size + warp * 16, kRows,
-                        n - static_cast<int64_t>(tile) * kRows - warp * 16, z, known + warp * kSlots * 32,
-                        losses + warp * kSlots);
+    Element* const own_gradients = gradients + warp * 16 * kGradientRow;
+    float* const own_z = z + warp * 16 * Shape::kLogitRow;
+    warp_logits<Element, K>(own_x, weight, kRow, depth, bias, own_z, Shape::kLogitRow);
+    __syncwarp();
+    warp_losses(tasks, warp_job.task_count, label_tiles + at * label_size + warp * 16, kRows,
+                n - static_cast<int64_t>(tile) * kRows - warp * 16, own_z, Shape::kLogitRow, own_gradients,
+                kGradientRow, losses + warp * kSlots);
     if (!gradient) continue;
-    uint32_t g[kSlots][2];
-#pragma unroll
-    for (int j = 0; j < kSlots; ++j) {
-      g[j][0] = pack<Element>(z.v[j][0], z.v[j][1]);
-      g[j][1] = pack<Element>(z.v[j][2], z.v[j][3]);
-#pragma unroll
-      for (int h = 0; h < 2; ++h)
-        *reinterpret_cast<uint32_t*>(gradients + (warp * 16 + h * 8 + lane / 4) * kGradientRow + j * 8 + lane % 4 * 2) =
-            g[j][h];
-    }
     __syncthreads();
     if (job.need_sums) {
       weight_sum.add(gradients, kGradientRow, x, kRow, kRows);
@@ -298,7 +234,8 @@ __global__ void __launch_bounds__(kThreads, K <= 32 ? 2 : 1)
         for (int q = 0; q < 4; ++q) sum[j][q] = 0.0f;
 #pragma unroll
       for (int s = 0; s < kSlots; s += 2) {
-        const uint32_t left[4] = {g[s][0], g[s][1], g[s + 1][0], g[s + 1][1]};
+        uint32_t left[4];
+        ldmatrix_x4(left, own_gradients + lane % 16 * kGradientRow + s * 8 + lane / 16 * 8);
 #pragma unroll
         for (int j = 0; j < kWide / 8; j += 2) {
           uint32_t right[4];
@@ -324,9 +261,7 @@ __global__ void __launch_bounds__(kThreads, K <= 32 ? 2 : 1)
   __syncthreads();
   for (int64_t t = thread; t < job.task_count; t += kThreads) {
     double sum = 0;
-    for (int j = 0; j < warp_job.slot_count; ++j)
-      if (slots[j].task == t)
-        for (int w = 0; w < kWarps; ++w) sum += losses[w * kSlots + j];
+    for (int w = 0; w < kWarps; ++w) sum += losses[w * kSlots + t];
     job.loss_parts[blockIdx.x * job.task_count + t] = sum;
   }
   if (!job.need_sums) return;
