@@ -228,9 +228,9 @@ struct Run {
                  kName);
   }
   template <class Kernel, class Job>
-  void launch_persistent(Kernel kernel, int64_t blocks, size_t shared, const Job& with) {
+  void launch_persistent(Kernel kernel, int64_t blocks, int threads, size_t shared, const Job& with) {
     check_launch(allow_shared(kernel, shared), kName);
-    check_launch(launch(kernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), shared, stream, with), kName);
+    check_launch(launch(kernel, dim3(static_cast<unsigned>(blocks)), dim3(threads), shared, stream, with), kName);
     add_up(blocks);
   }
 
@@ -250,9 +250,9 @@ struct Run {
     const size_t shared = Shape::shared(label_rows_);
     if (static_cast<int64_t>(shared) > max_shared(call.x)) return false;
     const int64_t tiles = (n + Shape::kRows - 1) / Shape::kRows;
-    const int64_t blocks = std::min<int64_t>(tiles, (K <= 32 ? 2 : 1) * multiprocessors(call.x));
+    const int64_t blocks = std::min<int64_t>(tiles, Shape::kBlocks * multiprocessors(call.x));
     const Pieces parts = make_parts(blocks, true);
-    launch_persistent(warp_loss_kernel<Engine, K, D>, blocks, shared,
+    launch_persistent(warp_loss_kernel<Engine, K, D>, blocks, Shape::kBlock, shared,
                       WarpLossJob<Element>{job, device_slots_, device_warp_tasks_, static_cast<int>(slots_.size()),
                                            static_cast<int>(warp_tasks_.size()), static_cast<int>(label_rows_)});
     return true;
@@ -276,7 +276,7 @@ struct Run {
     const int64_t tiles = (n + Shape::kRows - 1) / Shape::kRows;
     const int64_t blocks = std::min<int64_t>(tiles, multiprocessors(call.x));
     const Pieces parts = make_parts(blocks, true);
-    launch_persistent(fused_loss_kernel<Engine, K, D>, blocks, Shape::kShared, job);
+    launch_persistent(fused_loss_kernel<Engine, K, D>, blocks, kThreads, Shape::kShared, job);
     return true;
   }
   void add_up(const Sum* parts, int64_t number, int64_t size, Tensor& out) {

@@ -132,10 +132,10 @@ struct Product {
   }
 };
 
-// ---- Tensor cores: warps of 16 rows or more, and fragments of 16 x 8.
-template <int M, int N>
+// ---- Tensor cores: kCount warps of 16 rows or more, and fragments of 16 x 8.
+template <int M, int N, int kCount = kWarps>
 struct Fragments {
-  static constexpr int kWarpRows = M / 16 < 4 ? M / 16 : 4, kWarpColumns = kWarps / kWarpRows;
+  static constexpr int kWarpRows = M / 16 < 4 ? M / 16 : 4, kWarpColumns = kCount / kWarpRows;
   static constexpr int kHigh = M / kWarpRows, kWide = N / kWarpColumns;  // of a warp
   static constexpr int kRows = kHigh / 16, kColumns = kWide / 8;
   static_assert(kHigh % 16 == 0 && kWide % 16 == 0, "a warp has whole fragments, two side by side");
@@ -166,9 +166,9 @@ struct Fragments {
 };
 
 // 16-bit numbers: 16 deep, the fragments by ldmatrix.
-template <class Bits, int M, int N, bool kTransposedA, bool kTransposedB>
-struct Product16 : Fragments<M, N> {
-  using Base = Fragments<M, N>;
+template <class Bits, int M, int N, bool kTransposedA, bool kTransposedB, int kCount = kWarps>
+struct Product16 : Fragments<M, N, kCount> {
+  using Base = Fragments<M, N, kCount>;
   using Element = Bits;
   using Sum = float;
   using Base::kColumns;

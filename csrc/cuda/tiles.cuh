@@ -31,14 +31,15 @@ __device__ To converted(From v) {
 
 // Columns [column, column + columns) of `rows` rows from `row` on; what lies outside of the matrix is zero. Copies are
 // asynchronous where the types are the same and all is aligned: to be waited for (cp_async_wait) and met at a barrier.
+// By a block, or by `threads` threads of which this one is `thread`.
 template <class Element, class T>
 __device__ void load_tile(Element* tile, int tile_row, const View<T>& m, int64_t row, int rows, int64_t column,
-                          int columns) {
+                          int columns, int thread = static_cast<int>(threadIdx.x), int threads = kThreads) {
   if constexpr (sizeof(Element) == sizeof(T)) {
     if (m.aligned) {
       constexpr int kPiece = 16 / static_cast<int>(sizeof(T));
       const int pieces = columns / kPiece;
-      for (int i = static_cast<int>(threadIdx.x); i < rows * pieces; i += kThreads) {
+      for (int i = thread; i < rows * pieces; i += threads) {
         const int r = i / pieces, c = i % pieces * kPiece;
         const bool there = row + r < m.rows && column + c < m.cols;
         const T* from = there ? m.data + (row + r) * m.row_stride + column + c : m.data;
@@ -47,7 +48,8 @@ __device__ void load_tile(Element* tile, int tile_row, const View<T>& m, int64_t
       return;
     }
   }
-  for (int i = static_cast<int>(threadIdx.x); i < rows * columns; i += kThreads) {
+#pragma unroll 1  // the rare case: it shall cost the others no registers
+  for (int i = thread; i < rows * columns; i += threads) {
     // Neighbouring threads read neighbouring numbers.
     const bool along_rows = m.col_stride <= m.row_stride;
     const int r = along_rows ? i / columns : i % rows, c = along_rows ? i % columns : i / rows;

@@ -1,6 +1,5 @@
-// Heads of 16-bit numbers with cross-entropy losses and all gradients in one launch. A warp has 16 rows of a tile: it
-// computes their logits, their losses and dx without waiting for the other warps; only dW needs the rows of all. The
-// limits, and what was measured, are in csrc/README.md.
+// Heads of 16-bit numbers with cross-entropy losses and all gradients in one launch. One or two warps have 16 rows of a
+// tile, and half of the columns each where they are two. The limits, and what was measured, are in csrc/README.md.
 //
 // Columns: each task begins at a multiple of eight, a fragment's width; its last fragment is filled up with weights of
 // zero. Tasks: cross-entropy without class weights and label smoothing, and those without labels.
@@ -31,48 +30,52 @@ struct WarpLossJob {
 template <class Engine, int K, int D>
 struct WarpLossShape {
   using Element = typename Engine::Element;
-  static constexpr int kRows = 16 * kWarps, kSlots = K / 8;
+  // Registers hold dW: with more columns more warps share it, and a multiprocessor has one block instead of two.
+  static constexpr int kBlocks = K <= 32 ? 2 : 1, kCount = K <= 32 ? 8 : 16, kBlock = 32 * kCount, kHalves = kCount / 8;
+  static constexpr int kRows = 128, kSlots = K / 8;
   // Rows of logits begin four banks apart, so that lanes that have a row each read 16 bytes without conflicts.
   static constexpr int kRow = row_of<Element>(D), kGradientRow = row_of<Element>(K), kLogitRow = K + 4;
   static constexpr int kWeights = K * kRow, kTile = kRows * kRow, kGradients = kRows * kGradientRow;
   static constexpr size_t kElements = sizeof(Element) * (kWeights + 2 * kTile + kGradients);
   static constexpr size_t kLogits = sizeof(float) * kRows * kLogitRow;
-  static constexpr size_t kLosses = sizeof(double) * kWarps * kSlots;
+  static constexpr size_t kLosses = sizeof(double) * kCount * kSlots;
   static constexpr size_t kTables = (sizeof(Slot) + sizeof(WarpTask)) * kSlots + sizeof(float) * K;
   static size_t shared(int64_t label_rows) {
     return kElements + kLogits + kLosses + kTables + 2 * sizeof(float) * kRows * label_rows;
   }
 };
 
-// Logits of 16 rows x [16, depth] and weights [K, depth], with their bias, into z.
-template <class Element, int K>
-__device__ void warp_logits(const Element* x, const Element* weight, int row, int depth, const float* bias, float* z,
-                            int z_row) {
+// The columns [first, first + N) of the logits of 16 rows x [16, depth], with weights in rows of depth, and their bias.
+template <class Element, int N>
+__device__ void warp_logits(const Element* x, const Element* weight, int row, int depth, int first, const float* bias,
+                            float* z, int z_row) {
   const int lane = static_cast<int>(threadIdx.x) % 32, quarter = lane / 8, in_quarter = lane % 8;
-  float sum[K / 8][4];
+  float sum[N / 8][4];
 #pragma unroll
-  for (int j = 0; j < K / 8; ++j)
+  for (int j = 0; j < N / 8; ++j)
 #pragma unroll
     for (int q = 0; q < 4; ++q) sum[j][q] = 0.0f;
+  x += lane % 16 * row + lane / 16 * 8;
+  weight += (first + in_quarter + quarter / 2 * 8) * row + quarter % 2 * 8;
 #pragma unroll 1
   for (int k = 0; k < depth; k += 16) {
     uint32_t left[4];
-    ldmatrix_x4(left, x + lane % 16 * row + k + lane / 16 * 8);
+    ldmatrix_x4(left, x + k);
 #pragma unroll
-    for (int j = 0; j < K / 8; j += 2) {
+    for (int j = 0; j < N / 8; j += 2) {
       uint32_t right[4];
-      ldmatrix_x4(right, weight + (j * 8 + in_quarter + quarter / 2 * 8) * row + k + quarter % 2 * 8);
-      const uint32_t first[2] = {right[0], right[1]}, second[2] = {right[2], right[3]};
-      mma(sum[j], left, first, Element{});
-      mma(sum[j + 1], left, second, Element{});
+      ldmatrix_x4(right, weight + j * 8 * row + k);
+      const uint32_t one[2] = {right[0], right[1]}, two[2] = {right[2], right[3]};
+      mma(sum[j], left, one, Element{});
+      mma(sum[j + 1], left, two, Element{});
     }
   }
   struct alignas(8) Two {
     float a, b;
   };
 #pragma unroll
-  for (int j = 0; j < K / 8; ++j) {
-    const int c = j * 8 + lane % 4 * 2;
+  for (int j = 0; j < N / 8; ++j) {
+    const int c = first + j * 8 + lane % 4 * 2;
     const Two own = *reinterpret_cast<const Two*>(bias + c);
 #pragma unroll
     for (int h = 0; h < 2; ++h)
@@ -90,10 +93,11 @@ __device__ inline float fast_log1p(float x) {
 // task. Maths as in losses.cuh; what is as large as the largest logit is counted, not added, so that the rest keeps its
 // digits. Columns that fill up a fragment have logits of -inf, which add nothing.
 template <class Element>
-__device__ void warp_losses(const WarpTask* tasks, int task_count, const float* labels, int label_row_step,
-                            int64_t live_rows, float* z, int z_row, Element* g, int g_row, double* losses) {
+__device__ void warp_losses(const WarpTask* tasks, int task_count, int first, int step, const float* labels,
+                            int label_row_step, int64_t live_rows, float* z, int z_row, Element* g, int g_row,
+                            double* losses) {
   const int lane = static_cast<int>(threadIdx.x) % 32, r = lane % 16;
-  for (int t = lane / 16; t < task_count; t += 2) {
+  for (int t = first + lane / 16; t < task_count; t += step) {
     const WarpTask task = tasks[t];
     Four<float>* const own = reinterpret_cast<Four<float>*>(z + r * z_row + task.slot * 8);
     Element* const to = g + r * g_row + task.slot * 8;
@@ -140,12 +144,25 @@ __device__ void warp_losses(const WarpTask* tasks, int task_count, const float* 
   }
 }
 
+// A tile that lies inside of the matrix as a whole, by pieces of 16 bytes: less to compute than in load_tile.
+template <int kRows, int D, int kBlock, class Element>
+__device__ void load_whole_tile(Element* tile, int tile_row, const View<Element>& m, int64_t row) {
+  constexpr int kPieces = D / 8, kStepRows = kBlock / kPieces;
+  const int thread = static_cast<int>(threadIdx.x), r = thread / kPieces, c = thread % kPieces * 8;
+  const Element* from = m.data + (row + r) * m.row_stride + c;
+  Element* to = tile + r * tile_row + c;
+  const int64_t step = kStepRows * m.row_stride;
+#pragma unroll
+  for (int i = 0; i < kRows / kStepRows; ++i, from += step, to += kStepRows * tile_row) cp_async_16(to, from, true);
+}
+
 template <class Engine, int K, int D>
-__global__ void __launch_bounds__(kThreads, K <= 32 ? 2 : 1)
+__global__ void __launch_bounds__(WarpLossShape<Engine, K, D>::kBlock, WarpLossShape<Engine, K, D>::kBlocks)
     warp_loss_kernel(WarpLossJob<typename Engine::Element> warp_job) {
   using Shape = WarpLossShape<Engine, K, D>;
   using Element = typename Engine::Element;
   constexpr int kRows = Shape::kRows, kRow = Shape::kRow, kGradientRow = Shape::kGradientRow, kSlots = Shape::kSlots;
+  constexpr int kBlock = Shape::kBlock, kHalves = Shape::kHalves, kLogitRow = Shape::kLogitRow;
   const LossJob<Element, float>& job = warp_job.loss;
   MTL_DYNAMIC_SHARED(unsigned char, memory);
   Element* const weight = reinterpret_cast<Element*>(memory);
@@ -153,22 +170,25 @@ __global__ void __launch_bounds__(kThreads, K <= 32 ? 2 : 1)
   Element* const gradients = tiles + 2 * Shape::kTile;
   float* const z = reinterpret_cast<float*>(memory + Shape::kElements);
   double* const losses = reinterpret_cast<double*>(memory + Shape::kElements + Shape::kLogits);
-  WarpTask* const tasks = reinterpret_cast<WarpTask*>(losses + kWarps * kSlots);
+  WarpTask* const tasks = reinterpret_cast<WarpTask*>(losses + Shape::kCount * kSlots);
   Slot* const slots = reinterpret_cast<Slot*>(tasks + kSlots);
   float* const bias = reinterpret_cast<float*>(slots + kSlots);
   float* const label_tiles = bias + K;
 
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
-  const int quarter = lane / 8, in_quarter = lane % 8;
+  const int quarter = lane / 8, in_quarter = lane % 8, group = warp / kHalves, half = warp % kHalves;
   const int64_t n = job.x.rows;
   const int d = static_cast<int>(job.x.cols), tile_count = static_cast<int>((n + kRows - 1) / kRows);
   const bool gradient = job.dx || job.need_sums;
   const int label_size = warp_job.label_rows * kRows;
   const auto load = [&](int tile, int at) {
-    load_tile(tiles + at * Shape::kTile, kRow, job.x, static_cast<int64_t>(tile) * kRows, kRows, 0, D);
-#pragma unroll 1  // registers are short
-    for (int i = thread; i < label_size / 4; i += kThreads) {
-      const int64_t row = static_cast<int64_t>(tile) * kRows + i % (kRows / 4) * 4;
+    const int64_t first = static_cast<int64_t>(tile) * kRows;
+    if (job.x.aligned && d == D && first + kRows <= n)
+      load_whole_tile<kRows, D, kBlock>(tiles + at * Shape::kTile, kRow, job.x, first);
+    else
+      load_tile(tiles + at * Shape::kTile, kRow, job.x, first, kRows, 0, D, thread, kBlock);
+    for (int i = thread; i < label_size / 4; i += kBlock) {
+      const int64_t row = first + i % (kRows / 4) * 4;
       const float* const from = job.labels + i / (kRows / 4) * job.label_step + row;
       cp_async_16(label_tiles + at * label_size + i * 4, row < n ? from : job.labels, row < n);
     }
@@ -182,86 +202,108 @@ __global__ void __launch_bounds__(kThreads, K <= 32 ? 2 : 1)
     task.scale = job.scale[thread];
     tasks[thread] = task;
   }
-  for (int i = thread; i < Shape::kGradients; i += kThreads) gradients[i] = Element{};  // of slots without a task
-  for (int i = thread; i < kWarps * kSlots; i += kThreads) losses[i] = 0;
+  for (int i = thread; i < Shape::kGradients; i += kBlock) gradients[i] = Element{};  // of slots without a task
+  for (int i = thread; i < Shape::kCount * kSlots; i += kBlock) losses[i] = 0;
   __syncthreads();
   for (int j = 0; j < kSlots; ++j) {
     View<Element> own = job.weight;
     own.rows = slots[j].begin + slots[j].count;
-    load_tile(weight + j * 8 * kRow, kRow, own, slots[j].begin, 8, 0, D);
+    load_tile(weight + j * 8 * kRow, kRow, own, slots[j].begin, 8, 0, D, thread, kBlock);
   }
   cp_async_commit();
-  for (int i = thread; i < K; i += kThreads) {
+  for (int i = thread; i < K; i += kBlock) {
     const Slot& s = slots[i / 8];
     const float own = job.bias && i % 8 < s.count ? to_float(job.bias[(s.begin + i % 8) * job.bias_stride]) : 0.0f;
     bias[i] = i % 8 < s.count ? own : __uint_as_float(0xff800000u);
   }
 
-  Product<Engine, K, D, true, true> weight_sum;
+  Product16<Element, K, D, true, true, Shape::kCount> weight_sum;
   weight_sum.clear();
-  float bias_sum = 0.0f;  // of one column, every kParts-th row
-  constexpr int kParts = kThreads / K;
+  // The sums of the gradients' columns as one more product, with ones: 16 columns a warp.
+  float bias_sum[4] = {};
+  const uint32_t one = pack<Element>(1.0f, 1.0f), ones[2] = {one, one};
   const int depth = round_up(d, kStep);
   for (int at = 0; tile < tile_count; tile += static_cast<int>(gridDim.x), at ^= 1) {
     Element* const x = tiles + at * Shape::kTile;
-    Element* const own_x = x + warp * 16 * kRow;
+    Element* const own_x = x + group * 16 * kRow;
+    Element* const own_gradients = gradients + group * 16 * kGradientRow;
+    float* const own_z = z + group * 16 * kLogitRow;
+    const int64_t row = static_cast<int64_t>(tile) * kRows + group * 16;
     cp_async_wait<0>();
     __syncthreads();  // this tile is here, and nobody reads the one before any more
     load(tile + static_cast<int>(gridDim.x), at ^ 1);
-    Element* const own_gradients = gradients + warp * 16 * kGradientRow;
-    float* const own_z = z + warp * 16 * Shape::kLogitRow;
-    warp_logits<Element, K>(own_x, weight, kRow, depth, bias, own_z, Shape::kLogitRow);
-    __syncwarp();
-    warp_losses(tasks, warp_job.task_count, label_tiles + at * label_size + warp * 16, kRows,
-                n - static_cast<int64_t>(tile) * kRows - warp * 16, own_z, Shape::kLogitRow, own_gradients,
-                kGradientRow, losses + warp * kSlots);
+    warp_logits<Element, K / kHalves>(own_x, weight, kRow, depth, half * (K / kHalves), bias, own_z, kLogitRow);
+    if constexpr (kHalves > 1)
+      __syncthreads();
+    else
+      __syncwarp();
+    warp_losses(tasks, warp_job.task_count, half * 2, 2 * kHalves, label_tiles + at * label_size + group * 16, kRows,
+                n - row, own_z, kLogitRow, own_gradients, kGradientRow, losses + warp * kSlots);
     if (!gradient) continue;
     __syncthreads();
     if (job.need_sums) {
       weight_sum.add(gradients, kGradientRow, x, kRow, kRows);
-#pragma unroll 4
-      for (int r = thread / K; r < kRows; r += kParts) bias_sum += to_float(gradients[r * kGradientRow + thread % K]);
+      if (warp < K / 16) {
+#pragma unroll 1
+        for (int r = 0; r < kRows; r += 16) {
+          uint32_t left[4];
+          ldmatrix_x4_trans(
+              left, gradients + (r + in_quarter + quarter / 2 * 8) * kGradientRow + warp * 16 + quarter % 2 * 8);
+          mma(bias_sum, left, ones, Element{});
+        }
+      }
     }
     if (!job.dx) continue;
     __syncthreads();  // x has been read: its place takes dx on its way out
-    constexpr int kWide = 64;
-#pragma unroll
-    for (int first = 0; first < D; first += kWide) {
+    constexpr int kOwn = D / kHalves, kWide = kOwn < 64 ? kOwn : 64;  // columns of dx of a warp; at a time
+    Element* const out = own_x + half * kOwn;
+#pragma unroll 1
+    for (int first = 0; first < kOwn; first += kWide) {
       float sum[kWide / 8][4];
 #pragma unroll
       for (int j = 0; j < kWide / 8; ++j)
 #pragma unroll
         for (int q = 0; q < 4; ++q) sum[j][q] = 0.0f;
-#pragma unroll
-      for (int s = 0; s < kSlots; s += 2) {
+      const Element* const g = own_gradients + lane % 16 * kGradientRow + lane / 16 * 8;
+      const Element* const w = weight + (in_quarter + quarter % 2 * 8) * kRow + half * kOwn + first + quarter / 2 * 8;
+#pragma unroll 1
+      for (int s = 0; s < K; s += 16) {
         uint32_t left[4];
-        ldmatrix_x4(left, own_gradients + lane % 16 * kGradientRow + s * 8 + lane / 16 * 8);
+        ldmatrix_x4(left, g + s);
 #pragma unroll
         for (int j = 0; j < kWide / 8; j += 2) {
           uint32_t right[4];
-          ldmatrix_x4_trans(right,
-                            weight + (s * 8 + in_quarter + quarter % 2 * 8) * kRow + first + j * 8 + quarter / 2 * 8);
-          const uint32_t one[2] = {right[0], right[1]}, two[2] = {right[2], right[3]};
-          mma(sum[j], left, one, Element{});
-          mma(sum[j + 1], left, two, Element{});
+          ldmatrix_x4_trans(right, w + s * kRow + j * 8);
+          const uint32_t low[2] = {right[0], right[1]}, high[2] = {right[2], right[3]};
+          mma(sum[j], left, low, Element{});
+          mma(sum[j + 1], left, high, Element{});
         }
       }
 #pragma unroll
       for (int j = 0; j < kWide / 8; ++j)
 #pragma unroll
         for (int h = 0; h < 2; ++h)
-          *reinterpret_cast<uint32_t*>(own_x + (h * 8 + lane / 4) * kRow + first + j * 8 + lane % 4 * 2) =
+          *reinterpret_cast<uint32_t*>(out + (h * 8 + lane / 4) * kRow + first + j * 8 + lane % 4 * 2) =
               pack<Element>(sum[j][h * 2], sum[j][h * 2 + 1]);
     }
     __syncwarp();
-    const int64_t row = static_cast<int64_t>(tile) * kRows + warp * 16;
-    if (row < n) store_tile(own_x, kRow, job.dx, d, row, n - row < 16 ? static_cast<int>(n - row) : 16, 0, d, lane, 32);
+    if (d == D && row + 16 <= n) {
+      constexpr int kPieces = kOwn / 8, kStepRows = 32 / kPieces;
+      const int r = lane / kPieces, c = lane % kPieces * 8;
+      Element* to = job.dx + (row + r) * D + half * kOwn + c;
+#pragma unroll
+      for (int i = 0; i < 16 / kStepRows; ++i, to += kStepRows * D)
+        *reinterpret_cast<int4*>(to) = *reinterpret_cast<const int4*>(out + (r + i * kStepRows) * kRow + c);
+    } else if (row < n && half * kOwn < d) {
+      store_tile(out, kRow, job.dx, d, row, n - row < 16 ? static_cast<int>(n - row) : 16, half * kOwn,
+                 d - half * kOwn < kOwn ? d - half * kOwn : kOwn, lane, 32);
+    }
   }
   cp_async_wait<0>();
   __syncthreads();
-  for (int64_t t = thread; t < job.task_count; t += kThreads) {
+  for (int64_t t = thread; t < job.task_count; t += kBlock) {
     double sum = 0;
-    for (int w = 0; w < kWarps; ++w) sum += losses[w * kSlots + t];
+    for (int w = 0; w < Shape::kCount; ++w) sum += losses[w * kSlots + t];
     job.loss_parts[blockIdx.x * job.task_count + t] = sum;
   }
   if (!job.need_sums) return;
@@ -271,15 +313,12 @@ __global__ void __launch_bounds__(kThreads, K <= 32 ? 2 : 1)
     const Slot& s = slots[r / 8];
     if (r % 8 < s.count && c < d) own[(s.begin + r % 8) * d + c] = v;
   });
-  __syncthreads();
-  float* const places = reinterpret_cast<float*>(gradients);
-  places[thread] = bias_sum;
-  __syncthreads();
-  for (int i = thread; i < K; i += kThreads) {
-    float sum = places[i];
-    for (int part = 1; part < kParts; ++part) sum += places[part * K + i];
+  if (warp >= K / 16 || lane % 4 != 0) return;
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const int i = warp * 16 + h * 8 + lane / 4;
     const Slot& s = slots[i / 8];
-    if (i % 8 < s.count) job.bias_parts[blockIdx.x * k + s.begin + i % 8] = sum;
+    if (i % 8 < s.count) job.bias_parts[blockIdx.x * k + s.begin + i % 8] = bias_sum[h * 2];
   }
 }
 
