@@ -18,6 +18,12 @@ namespace mtl::cuda {
 template <class Sum>
 using Exact = std::conditional_t<sizeof(Sum) == 8, Exact64, Exact32>;
 
+// Blocks of a multiprocessor whose registers are enough for tiles of this size.
+template <class Sum>
+constexpr int blocks_of(int m, int n) {
+  return m * n * static_cast<int>(sizeof(Sum)) > 64 * 64 * 4 ? 1 : 2;
+}
+
 // What becomes of a product.
 enum class Finish : int {
   kKeep,      // to = product
@@ -99,7 +105,7 @@ __global__ void __launch_bounds__(kThreads, M* N > 8192 ? 1 : 2) rows_kernel(Row
   if (column >= columns) return;
   const bool routed = job.chunk.routed();
   const int64_t unit = routed ? 0 : begin, input = routed ? 0 : at.task * job.input_step;
-  const RowsOf<A> rows(job.a, job.of_x, job.chunk, at, kBack ? unit : input, depth);
+  const RowsOf<A, !kBack> rows(job.a, job.of_x, job.chunk, at, kBack ? unit : input, depth);
   const View<W> weight = part_of(job.weight, begin, width, 0, job.inputs);
   const int64_t chunks = (depth + kChunk - 1) / kChunk;
   const auto load = [&](int64_t chunk) {
@@ -198,7 +204,7 @@ __global__ void __launch_bounds__(kThreads, M* N > 8192 ? 1 : 2) outer_kernel(Ou
   const int64_t row = tile / job.column_tiles * M, column = tile % job.column_tiles * N;
   if (row >= width) return;
   const View<Sum> g = part_of(job.g, at.scratch, at.rows, routed ? 0 : begin, width);
-  const RowsOf<B> b(job.b, job.of_x, job.chunk, at, routed ? 0 : at.task * job.input_step, job.inputs);
+  const RowsOf<B, true> b(job.b, job.of_x, job.chunk, at, routed ? 0 : at.task * job.input_step, job.inputs);
   const int chunks = (at.rows + kChunk - 1) / kChunk;
   const auto load = [&](int chunk) {
     Sum* const to = memory + chunk % 2 * (Shape::kA + Shape::kB);

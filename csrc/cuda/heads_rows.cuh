@@ -87,6 +87,7 @@ __device__ void load_indexed(Element* tile, int tile_row, const View<T>& m, cons
       return;
     }
   }
+#pragma unroll 1  // registers are few where tiles are products
   for (int i = static_cast<int>(threadIdx.x); i < rows * columns; i += kThreads) {
     const int r = i / columns, c = i % columns;
     const bool there = row + r < m.rows && column + c < m.cols;
@@ -95,8 +96,8 @@ __device__ void load_indexed(Element* tile, int tile_row, const View<T>& m, cons
   }
 }
 
-// Rows of a block: of x, or of a matrix in scratch memory.
-template <class T>
+// Rows of a block: of a matrix in scratch memory, or, where that can be, of x.
+template <class T, bool kMayBeX>
 struct RowsOf {
   View<T> m;
   const int64_t* index;
@@ -104,10 +105,10 @@ struct RowsOf {
   __device__ RowsOf(const View<T>& all, bool of_x, const ChunkRows& chunk, const BlockRows& at, int64_t column,
                     int64_t columns)
       : m(part_of(all, of_x ? (chunk.routed() ? 0 : at.source) : at.scratch, at.rows, column, columns)),
-        index(of_x && chunk.routed() ? chunk.order + at.source : nullptr) {}
+        index(kMayBeX && of_x && chunk.routed() ? chunk.order + at.source : nullptr) {}
   template <class Element>
   __device__ void load(Element* tile, int tile_row, int64_t row, int rows, int64_t column, int columns) const {
-    if (index)
+    if (kMayBeX && index)
       load_indexed(tile, tile_row, m, index, row, rows, column, columns);
     else
       load_tile(tile, tile_row, m, row, rows, column, columns);

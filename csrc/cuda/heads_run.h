@@ -5,7 +5,6 @@
 #include <optional>
 #include <vector>
 
-#include "engines.h"
 #include "heads_host.h"
 #include "heads_losses.cuh"
 #include "heads_products.cuh"

@@ -18,7 +18,16 @@ namespace {
 
 void run(const Call& call) {
   const DeviceGuard guard(call.x);
-  with_engine(call.layers.type, false, [&](auto engine) { HeadsRun<decltype(engine)>{call}(); });
+  switch (call.layers.type) {
+    case DType::kFloat64:
+      return HeadsRun<Exact64>{call}();
+    case DType::kBFloat16:
+      return HeadsRun<TensorBFloat16>{call}();
+    case DType::kFloat16:
+      return HeadsRun<TensorFloat16>{call}();
+    default:
+      return HeadsRun<Exact32>{call}();
+  }
 }
 
 Tensor multi_head_mlp(const Tensor& x, const std::vector<Tensor>& weights, const std::vector<Tensor>& biases,
