@@ -166,7 +166,7 @@ void HeadsRun<Engine>::add_gramian(int64_t first) {
   }
   // Slices of about 1024 numbers, added in float64: their number is that of what may cancel.
   const int64_t numbers = chunk.count * d, pairs = count * count;
-  const int64_t most = std::max<int64_t>(1, (kBytes / static_cast<int64_t>(sizeof(Sum)) / 4) / pairs);
+  const int64_t most = std::max<int64_t>(1, numbers_of_chunk / 4 / pairs);
   const int64_t slices = std::clamp<int64_t>(numbers / 1024, 1, std::min<int64_t>(most, 65535));
   const View<Sum> j = view_of<Sum>(jacobian, count, numbers, numbers, 1);
   check(gemm<Exact<Sum>, Sum, false, false>({j, j, nullptr, 0, parts, count, count, numbers}, slices, stream));

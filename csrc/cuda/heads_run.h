@@ -39,12 +39,12 @@ template <class Engine>
 struct HeadsRun {
   using Element = typename Engine::Element;
   using Sum = typename Engine::Sum;
-  static constexpr int64_t kBytes = int64_t(64) << 20;
   const Call& call;
   const Layers& layers;
   const Wanted& wanted;
   const int64_t n, d, count, depth, k;
   const bool routed, losses, parameters, gramian, gradient, needs_dx;
+  const int64_t numbers_of_chunk = chunk_bytes() / static_cast<int64_t>(sizeof(Sum));
   const cudaStream_t stream;
 
   // Of the whole call.
@@ -241,7 +241,7 @@ void HeadsRun<Engine>::plan() {
   if (parameters)
     for (int64_t layer = 0; layer < depth; ++layer)
       piece_numbers = std::max(piece_numbers, columns(layer) * std::max<int64_t>(1, layers.inputs[layer]));
-  const int64_t most = kBytes / static_cast<int64_t>(sizeof(Sum));
+  const int64_t most = numbers_of_chunk;
   if (routed) {
     chunk_size = std::clamp<int64_t>(most / (row * kPieceRows + piece_numbers), 1, std::max<int64_t>(1, slots));
     part_numbers = chunk_size * piece_numbers;

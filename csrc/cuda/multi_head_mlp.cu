@@ -11,6 +11,7 @@
 #include <tuple>
 #include <vector>
 
+#include "engines.h"
 #include "heads_chunk.h"
 
 namespace mtl::cuda {
@@ -18,16 +19,7 @@ namespace {
 
 void run(const Call& call) {
   const DeviceGuard guard(call.x);
-  switch (call.layers.type) {
-    case DType::kFloat64:
-      return HeadsRun<Exact64>{call}();
-    case DType::kBFloat16:
-      return HeadsRun<TensorBFloat16>{call}();
-    case DType::kFloat16:
-      return HeadsRun<TensorFloat16>{call}();
-    default:
-      return HeadsRun<Exact32>{call}();
-  }
+  with_own_engine(call.layers.type, [&](auto engine) { HeadsRun<decltype(engine)>{call}(); });
 }
 
 Tensor multi_head_mlp(const Tensor& x, const std::vector<Tensor>& weights, const std::vector<Tensor>& biases,

@@ -1,6 +1,9 @@
 // Memory of a call on the device, and small data from the host.
 #pragma once
 
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
 #include <optional>
 #include <utility>
 #include <vector>
@@ -9,6 +12,14 @@
 #include "labels.cuh"
 
 namespace mtl::cuda {
+
+// What a chunk of rows may take. An emulated kernel can be given less, so that few rows make many chunks.
+inline int64_t chunk_bytes() {
+#ifdef MTL_EMULATE_CUDA
+  if (const char* text = std::getenv("TORCH_MTL_PYG_EMULATE_CHUNK")) return std::max(1ll, std::atoll(text));
+#endif
+  return int64_t(64) << 20;
+}
 
 // Pieces of one tensor, each at a multiple of 256 bytes.
 class Scratch {
