@@ -48,7 +48,7 @@ void HeadsRun<Engine>::forward() {
     if (layer == 0)
       run(Engine{}, std::true_type{}, view<Element>(call.x));
     else
-      run(Exact<Sum>{}, std::false_type{}, scratch_view(h[layer - 1], columns(layer - 1)));
+      run(WideEngine<Element, Sum>{}, std::false_type{}, scratch_view(h[layer - 1], columns(layer - 1)));
   }
 }
 
@@ -97,7 +97,7 @@ void HeadsRun<Engine>::backward(int64_t first) {
       job.out = static_cast<Element*>(wanted.dx);
       job.out_row = d;
     }
-    check(multiply_rows<Exact<Sum>, true, true>(job, batch(together), job.inputs, stream));
+    check(multiply_rows<WideEngine<Element, Sum>, true, true>(job, batch(together), job.inputs, stream));
   }
   if (gramian) add_gramian(first);
 }

@@ -5,6 +5,7 @@
 //   bias_kernel    parts of the sums of the rows of A'
 //
 // What is stored as 16 bits is widened where it meets what is not: hidden units and their gradients are not rounded.
+// Beside bfloat16 they are split into three of these, so that tensor cores can multiply them.
 #pragma once
 
 #include <type_traits>
@@ -12,6 +13,7 @@
 #include "activations.cuh"
 #include "gemm.cuh"
 #include "heads_rows.cuh"
+#include "products_wide.cuh"
 
 namespace mtl::cuda {
 
@@ -194,7 +196,7 @@ struct OuterJob {
 
 template <class Sum, class B, int M, int N>
 __global__ void __launch_bounds__(kThreads, M* N > 8192 ? 1 : 2) outer_kernel(OuterJob<B, Sum> job) {
-  using Shape = GemmShape<Exact<Sum>, Sum, M, N, true, true>;
+  using Shape = GemmShape<WideEngine<B, Sum>, Sum, M, N, true, true>;
   MTL_DYNAMIC_SHARED(Sum, memory);
   const int64_t tiles = job.row_tiles * job.column_tiles, item = blockIdx.x / tiles, tile = blockIdx.x % tiles;
   const BlockRows at = job.chunk.item(item, job.items, job.first_task + static_cast<int64_t>(blockIdx.y));
@@ -212,7 +214,7 @@ __global__ void __launch_bounds__(kThreads, M* N > 8192 ? 1 : 2) outer_kernel(Ou
     b.load(to + Shape::kA, Shape::kBRow, chunk * kChunk, kChunk, column, N);
     cp_async_commit();
   };
-  Product<Exact<Sum>, M, N, true, true> product;
+  Product<WideEngine<B, Sum>, M, N, true, true> product;
   product.clear();
   if (chunks > 0) load(0);
   for (int chunk = 0; chunk < chunks; ++chunk) {
@@ -237,7 +239,7 @@ __global__ void __launch_bounds__(kThreads, M* N > 8192 ? 1 : 2) outer_kernel(Ou
 
 template <int M, int N, class B, class Sum>
 cudaError_t launch_outer(OuterJob<B, Sum> job, int64_t tasks, int64_t widest, cudaStream_t stream) {
-  using Shape = GemmShape<Exact<Sum>, Sum, M, N, true, true>;
+  using Shape = GemmShape<WideEngine<B, Sum>, Sum, M, N, true, true>;
   const auto kernel = outer_kernel<Sum, B, M, N>;
   const cudaError_t allowed = allow_shared(kernel, Shape::kShared);
   if (allowed != cudaSuccess) return allowed;
