@@ -55,8 +55,10 @@ struct RowsJob {
   Units units;
 };
 
-template <class Engine, class Sum, int M, int N, bool kBack>
-using RowsShape = GemmShape<Engine, Sum, M, N, false, kBack>;
+template <class Engine, int M, int N, bool kBack>
+using RowsShape = WideShape<Engine, M, N, false, kBack, kChunk>;
+template <class B, class Sum, int M, int N>
+using OuterShape = WideShape<WideEngine<B, Sum>, M, N, true, true, kChunk>;
 
 // Where the tile of a block goes.
 template <class A, class W, class Sum>
@@ -95,9 +97,8 @@ __device__ void finish_rows(const RowsJob<A, W, Sum>& job, const BlockRows& at, 
 
 template <class Engine, class A, class W, class Sum, int M, int N, bool kBack>
 __global__ void __launch_bounds__(kThreads, M* N > 8192 ? 1 : 2) rows_kernel(RowsJob<A, W, Sum> job) {
-  using Element = typename Engine::Element;
-  using Shape = RowsShape<Engine, Sum, M, N, kBack>;
-  MTL_DYNAMIC_SHARED(Element, memory);
+  using Shape = RowsShape<Engine, M, N, kBack>;
+  MTL_DYNAMIC_SHARED(unsigned char, memory);
   const BlockRows at =
       job.chunk.template tile<M>(blockIdx.x / job.column_tiles, job.first_task + static_cast<int64_t>(blockIdx.y));
   if (at.rows == 0) return;
@@ -111,10 +112,9 @@ __global__ void __launch_bounds__(kThreads, M* N > 8192 ? 1 : 2) rows_kernel(Row
   const View<W> weight = part_of(job.weight, begin, width, 0, job.inputs);
   const int64_t chunks = (depth + kChunk - 1) / kChunk;
   const auto load = [&](int64_t chunk) {
-    Element* const a = memory + chunk % 2 * (Shape::kA + Shape::kB);
     const int64_t k = chunk * kChunk;
-    rows.load(a, Shape::kARow, 0, M, k, kChunk);
-    load_tile(a + Shape::kA, Shape::kBRow, weight, kBack ? k : column, Shape::kBRows, kBack ? column : k,
+    rows.load(Shape::left(memory, chunk), Shape::kARow, 0, M, k, kChunk);
+    load_tile(Shape::right(memory, chunk), Shape::kBRow, weight, kBack ? k : column, Shape::kBRows, kBack ? column : k,
               Shape::kBColumns);
     cp_async_commit();
   };
@@ -129,10 +129,9 @@ __global__ void __launch_bounds__(kThreads, M* N > 8192 ? 1 : 2) rows_kernel(Row
       cp_async_wait<0>();
     }
     __syncthreads();
-    const Element* a = memory + chunk % 2 * (Shape::kA + Shape::kB);
     // Narrow heads are a short depth on the way back.
     const int64_t rest = depth - chunk * kChunk;
-    product.add(a, Shape::kARow, a + Shape::kA, Shape::kBRow,
+    product.add(Shape::left(memory, chunk), Shape::kARow, Shape::right(memory, chunk), Shape::kBRow,
                 rest < kChunk ? round_up(static_cast<int>(rest), kStep) : kChunk);
     __syncthreads();  // the next but one chunk comes where this one lies
   }
@@ -148,7 +147,7 @@ __global__ void __launch_bounds__(kThreads, M* N > 8192 ? 1 : 2) rows_kernel(Row
 
 template <class Engine, int M, int N, bool kBack, class A, class W, class Sum>
 cudaError_t launch_rows(RowsJob<A, W, Sum> job, int64_t tasks, int64_t widest, cudaStream_t stream) {
-  using Shape = RowsShape<Engine, Sum, M, N, kBack>;
+  using Shape = RowsShape<Engine, M, N, kBack>;
   const auto kernel = rows_kernel<Engine, A, W, Sum, M, N, kBack>;
   const cudaError_t allowed = allow_shared(kernel, Shape::kShared);
   if (allowed != cudaSuccess) return allowed;
@@ -196,8 +195,8 @@ struct OuterJob {
 
 template <class Sum, class B, int M, int N>
 __global__ void __launch_bounds__(kThreads, M* N > 8192 ? 1 : 2) outer_kernel(OuterJob<B, Sum> job) {
-  using Shape = GemmShape<WideEngine<B, Sum>, Sum, M, N, true, true>;
-  MTL_DYNAMIC_SHARED(Sum, memory);
+  using Shape = OuterShape<B, Sum, M, N>;
+  MTL_DYNAMIC_SHARED(unsigned char, memory);
   const int64_t tiles = job.row_tiles * job.column_tiles, item = blockIdx.x / tiles, tile = blockIdx.x % tiles;
   const BlockRows at = job.chunk.item(item, job.items, job.first_task + static_cast<int64_t>(blockIdx.y));
   const bool routed = job.chunk.routed();
@@ -209,9 +208,8 @@ __global__ void __launch_bounds__(kThreads, M* N > 8192 ? 1 : 2) outer_kernel(Ou
   const RowsOf<B, true> b(job.b, job.of_x, job.chunk, at, routed ? 0 : at.task * job.input_step, job.inputs);
   const int chunks = (at.rows + kChunk - 1) / kChunk;
   const auto load = [&](int chunk) {
-    Sum* const to = memory + chunk % 2 * (Shape::kA + Shape::kB);
-    load_tile(to, Shape::kARow, g, chunk * kChunk, kChunk, row, M);
-    b.load(to + Shape::kA, Shape::kBRow, chunk * kChunk, kChunk, column, N);
+    load_tile(Shape::left(memory, chunk), Shape::kARow, g, chunk * kChunk, kChunk, row, M);
+    b.load(Shape::right(memory, chunk), Shape::kBRow, chunk * kChunk, kChunk, column, N);
     cp_async_commit();
   };
   Product<WideEngine<B, Sum>, M, N, true, true> product;
@@ -225,21 +223,21 @@ __global__ void __launch_bounds__(kThreads, M* N > 8192 ? 1 : 2) outer_kernel(Ou
       cp_async_wait<0>();
     }
     __syncthreads();
-    const Sum* a = memory + chunk % 2 * (Shape::kA + Shape::kB);
-    product.add(a, Shape::kARow, a + Shape::kA, Shape::kBRow, kChunk);
+    product.add(Shape::left(memory, chunk), Shape::kARow, Shape::right(memory, chunk), Shape::kBRow, kChunk);
     __syncthreads();  // the next but one chunk comes where this one lies
   }
-  product.each([&](int r, int c, Sum v) { memory[r * Shape::kOutRow + c] = v; });
+  Sum* const result = reinterpret_cast<Sum*>(memory);
+  product.each([&](int r, int c, Sum v) { result[r * Shape::kOutRow + c] = v; });
   __syncthreads();
   const int rows = width - row < M ? static_cast<int>(width - row) : M;
   const int columns = job.inputs - column < N ? static_cast<int>(job.inputs - column) : N;
-  store_tile(memory, Shape::kOutRow, job.parts + item * job.part_size + (routed ? 0 : begin * job.inputs), job.inputs,
+  store_tile(result, Shape::kOutRow, job.parts + item * job.part_size + (routed ? 0 : begin * job.inputs), job.inputs,
              row, rows, column, columns);
 }
 
 template <int M, int N, class B, class Sum>
 cudaError_t launch_outer(OuterJob<B, Sum> job, int64_t tasks, int64_t widest, cudaStream_t stream) {
-  using Shape = GemmShape<WideEngine<B, Sum>, Sum, M, N, true, true>;
+  using Shape = OuterShape<B, Sum, M, N>;
   const auto kernel = outer_kernel<Sum, B, M, N>;
   const cudaError_t allowed = allow_shared(kernel, Shape::kShared);
   if (allowed != cudaSuccess) return allowed;

@@ -8,7 +8,7 @@
 
 namespace mtl::cuda {
 
-// A: any numbers; B: what bfloat16 can hold. Both lie as float32 in shared memory.
+// A: float32; B: bfloat16.
 struct TensorWide {
   using Element = float;
   using Sum = float;
@@ -42,57 +42,83 @@ struct Product<TensorWide, M, N, kTransposedA, kTransposedB> : Fragments<M, N> {
   using Base::kRows;
   using Base::sum;
 
-  // The depth may be taken in any order that A and B share: four neighbours in one load where both lie in rows of it,
-  // else pairs that lie in different banks.
-  static __device__ int depth_of(int in_group, int i) {
-    return !kTransposedA && !kTransposedB ? in_group * 4 + i : in_group * 2 + i % 2 + i / 2 * 8;
-  }
-  __device__ void add(const float* a, int a_row, const float* b, int b_row, int depth) {
-    const int group = Base::lane() / 4, in_group = Base::lane() % 4;
-    const int row = Base::first_row() + group, column = Base::first_column() + group;
+  __device__ void add(const float* a, int a_row, const BFloat16* b, int b_row, int depth) {
+    const int lane = Base::lane(), quarter = lane / 8, in_quarter = lane % 8;
+    const int row = Base::first_row() + lane / 4, column = Base::first_column(), pair = lane % 4 * 2;
     for (int k = 0; k < depth; k += 16) {
       uint32_t left[3][kRows][4];
 #pragma unroll
       for (int i = 0; i < kRows; ++i)
 #pragma unroll
-        for (int low = 0; low < 2; ++low) {
-          float v[4];
-          read<kTransposedA>(a, a_row, row + i * 16 + low * 8, k, in_group, v);
-#pragma unroll
-          for (int p = 0; p < 2; ++p)
-            split(v[p * 2], v[p * 2 + 1], left[0][i][p * 2 + low], left[1][i][p * 2 + low], left[2][i][p * 2 + low]);
+        for (int q = 0; q < 4; ++q) {
+          const int m = row + i * 16 + q % 2 * 8, p = k + pair + q / 2 * 8;
+          const Two two = two_of(a, a_row, m, p);
+          split(two.v[0], two.v[1], left[0][i][q], left[1][i][q], left[2][i][q]);
         }
 #pragma unroll
-      for (int j = 0; j < kColumns; ++j) {
-        float v[4];
-        read<kTransposedB>(b, b_row, column + j * 8, k, in_group, v);
-        uint32_t right[2];
-#pragma unroll
-        for (int p = 0; p < 2; ++p)
-          right[p] = __float_as_uint(v[p * 2]) >> 16 | (__float_as_uint(v[p * 2 + 1]) & 0xffff0000u);
+      for (int j = 0; j < kColumns; j += 2) {
+        const int n = column + j * 8;
+        uint32_t right[4];
+        if constexpr (kTransposedB)
+          ldmatrix_x4_trans(right, b + (k + in_quarter + quarter % 2 * 8) * b_row + n + quarter / 2 * 8);
+        else
+          ldmatrix_x4(right, b + (n + in_quarter + quarter / 2 * 8) * b_row + k + quarter % 2 * 8);
+        const uint32_t first[2] = {right[0], right[1]}, second[2] = {right[2], right[3]};
 #pragma unroll
         for (int part = 2; part >= 0; --part)
 #pragma unroll
-          for (int i = 0; i < kRows; ++i) mma(sum[i][j], left[part][i], right, BFloat16{});
+          for (int i = 0; i < kRows; ++i) {
+            mma(sum[i][j], left[part][i], first, BFloat16{});
+            mma(sum[i][j + 1], left[part][i], second, BFloat16{});
+          }
       }
     }
   }
 
  private:
-  // Four numbers along the depth of one row of A or column of B.
-  template <bool kTransposed>
-  static __device__ void read(const float* tile, int tile_row, int at, int k, int in_group, float (&v)[4]) {
-    if constexpr (kTransposed) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) v[i] = tile[(k + depth_of(in_group, i)) * tile_row + at];
-    } else if constexpr (!kTransposedA && !kTransposedB) {
-      const Four<float> four = *reinterpret_cast<const Four<float>*>(tile + at * tile_row + k + in_group * 4);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) v[i] = four.v[i];
-    } else {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) v[i] = tile[at * tile_row + k + depth_of(in_group, i)];
-    }
+  struct alignas(8) Two {
+    float v[2];
+  };
+  // Two neighbours along the depth in row m of A.
+  static __device__ Two two_of(const float* a, int a_row, int m, int p) {
+    if constexpr (kTransposedA)
+      return {{a[p * a_row + m], a[(p + 1) * a_row + m]}};
+    else
+      return *reinterpret_cast<const Two*>(a + m * a_row + p);
+  }
+};
+
+// ---- Tiles in shared memory, where A and B may be of different types.
+template <class Engine>
+struct RightOf {
+  using Element = typename Engine::Element;
+};
+template <>
+struct RightOf<TensorWide> {
+  using Element = BFloat16;
+};
+
+template <class Engine, int M, int N, bool kTransposedA, bool kTransposedB, int kDepth>
+struct WideShape {
+  using Left = typename Engine::Element;
+  using Right = typename RightOf<Engine>::Element;
+  using Sum = typename Engine::Sum;
+  static constexpr int kARows = kTransposedA ? kDepth : M, kAColumns = kTransposedA ? M : kDepth;
+  static constexpr int kBRows = kTransposedB ? kDepth : N, kBColumns = kTransposedB ? N : kDepth;
+  // Pairs of float32 in four rows lie in different banks where rows are 8 numbers more than whole lines.
+  static constexpr bool kPairs = std::is_same_v<Engine, TensorWide> && !kTransposedA;
+  static constexpr int kARow = kPairs ? kAColumns + 8 : row_of<Left>(kAColumns), kBRow = row_of<Right>(kBColumns);
+  static constexpr int kOutRow = row_of<Sum>(N);
+  static constexpr size_t kA = kARows * kARow * sizeof(Left), kStage = kA + kBRows * kBRow * sizeof(Right);
+  static constexpr size_t kResult = M * kOutRow * sizeof(Sum);
+  static constexpr size_t kShared = 2 * kStage > kResult ? 2 * kStage : kResult;
+  static_assert(kA % 16 == 0 && kStage % 16 == 0, "tiles begin at 16 bytes");
+
+  static __device__ Left* left(unsigned char* memory, int64_t stage) {
+    return reinterpret_cast<Left*>(memory + stage % 2 * kStage);
+  }
+  static __device__ Right* right(unsigned char* memory, int64_t stage) {
+    return reinterpret_cast<Right*>(memory + stage % 2 * kStage + kA);
   }
 };
 
