@@ -64,8 +64,8 @@ def multi_head_mlp(
     Raises:
         TypeError: An argument is no dense tensor of a supported dtype, or the dtypes differ.
         ValueError: Shapes or devices do not fit.
-        IndexError: A task in ``route`` is not in ``[0, T)``. On a GPU, where nobody waits for the answer, the kernel ends
-            instead, as that of an index in PyTorch does.
+        IndexError: A task in ``route`` is not in ``[0, T)``. On a GPU, where nobody waits for the answer, the kernel
+            ends instead, as that of an index in PyTorch does.
         RuntimeError: The backend is ``"fused"``, and it cannot run here.
     """
     x, weights, biases, fused = prepare(x, weights, biases, layout, route, "multi_head_mlp")
