@@ -61,8 +61,7 @@ void HeadsRun<Engine>::gradients_from_outside() {
 
 template <class Engine>
 void HeadsRun<Engine>::chunk_losses(int64_t first) {
-  // A chunk of all rows but the last has whole blocks, or is one.
-  const int64_t block = routed ? first : chunk_size > kPieceRows ? first / kPieceRows : first / chunk_size;
+  const int64_t block = routed ? first : first / loss_rows();
   double* const own = loss_parts + block * (routed ? 1 : count);
   const HeadsLossJob<Sum> job{chunk, tasks, reals, labels, scale, count, n, z, columns(depth - 1), own, gradient};
   check(launch(heads_loss_kernel<Sum>, dim3(blocks_for(chunk.count, routed ? 1 : kThreads), routed ? 1 : across(count)),
@@ -153,8 +152,8 @@ void HeadsRun<Engine>::add_up(int64_t items, int64_t part_size, int64_t layer, b
   }
   const int64_t across_elements = std::min<int64_t>((part_size + kThreads - 1) / kThreads, 1024);
   check(launch(add_pieces_kernel<Sum>, dim3(static_cast<unsigned>(across_elements), across(count)), dim3(kThreads), 0,
-               stream, static_cast<const Sum*>(parts), part_size, device_pieces(), count, first, first + chunk.count,
-               place(layer, together), inputs, to));
+               stream, static_cast<const Sum*>(parts), part_size, static_cast<const int64_t*>(route.piece_begin), count,
+               first, first + chunk.count, place(layer, together), inputs, to));
 }
 
 template <class Engine>

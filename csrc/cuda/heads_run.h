@@ -60,7 +60,7 @@ struct HeadsRun {
   Piece* pieces = nullptr;
   LabelJob label_job{};
   RoutedLabelJob routed_label_job{};
-  int64_t slots = 0, blocks = 0, widest_logits = 0, widest_numbers = 0;
+  int64_t slots = 0, blocks = 0, loss_blocks = 0, widest_logits = 0;
   // Of a chunk.
   Scratch chunk_memory;
   std::vector<Sum*> h, slope;
@@ -112,7 +112,7 @@ struct HeadsRun {
     STD_TORCH_CHECK(number <= INT32_MAX, call.name, ": too large for a launch");
     return static_cast<unsigned>(number);
   }
-  const int64_t* device_pieces() const { return route.piece_begin; }
+  int64_t loss_rows() const { return std::min<int64_t>(chunk_size, kPieceRows); }  // of a block
   // The first layer of all tasks is one product where every row goes through every head.
   bool joint(int64_t layer) const { return layer == 0 && !routed; }
   int64_t columns(int64_t layer) const {  // of a row in scratch memory
@@ -193,8 +193,6 @@ void HeadsRun<Engine>::plan() {
     memory.add(&label_job.counts, blocks * per_block);
     memory.add(&label_job.norms, blocks * per_block);
     memory.add(&label_job.wrong, 2);
-    // Some more: chunks may end within 256 rows.
-    memory.add(&loss_parts, (blocks + n / 32 + 1) * per_block);
     memory.add(&square_parts, gramian && routed ? slots : 0);
     memory.add(&products, gramian && !routed ? count * count : 0);
   }
@@ -264,6 +262,9 @@ void HeadsRun<Engine>::plan() {
   chunk_memory.add(&z, wanted.out ? 0 : chunk_rows * columns(depth - 1));
   chunk_memory.add(&jacobian, chunk_rows * of_jacobian);
   chunk_memory.add(&parts, part_numbers);
+  // Chunks have whole blocks of rows, or less than one.
+  loss_blocks = routed ? slots : (n + loss_rows() - 1) / loss_rows();
+  chunk_memory.add(&loss_parts, losses ? loss_blocks * per_block : 0);
   chunk_memory.make(call.x);
 }
 
@@ -322,13 +323,11 @@ void HeadsRun<Engine>::finish() {
     check(launch(sum_parts_kernel<Sum, Element>, dim3(blocks_for(layers.numbers, kThreads)), threads, 0, stream,
                  static_cast<const Sum*>(sums), int64_t(1), layers.numbers, static_cast<Element*>(wanted.flat)));
   if (!losses) return;
-  const int64_t loss_blocks = chunk_size > kPieceRows ? (n + kPieceRows - 1) / kPieceRows
-                              : n == 0                ? 0
-                                                      : (n + chunk_size - 1) / chunk_size;
   const double* of_tasks = loss_parts;
   if (routed) {
     check(launch(task_sums_kernel<double>, dim3(across(count)), threads, 0, stream,
-                 static_cast<const double*>(loss_parts), device_pieces(), count, int64_t(1), task_losses));
+                 static_cast<const double*>(loss_parts), static_cast<const int64_t*>(route.piece_begin), count,
+                 int64_t(1), task_losses));
     of_tasks = task_losses;
   }
   check(launch(finish_losses_kernel<Sum>, dim3(1), threads, 0, stream, count, of_tasks,
@@ -342,7 +341,7 @@ void HeadsRun<Engine>::finish() {
   }
   clear(gram, static_cast<size_t>(count * count) * sizeof(Sum), stream, call.name);
   check(launch(task_sums_kernel<Sum>, dim3(across(count)), threads, 0, stream, static_cast<const double*>(square_parts),
-               device_pieces(), count, count + 1, gram));
+               static_cast<const int64_t*>(route.piece_begin), count, count + 1, gram));
 }
 
 }  // namespace
