@@ -22,4 +22,19 @@ auto with_engine(DType type, bool tf32, F f) {
   }
 }
 
+// The same for products that are never rounded to tf32.
+template <class F>
+auto with_own_engine(DType type, F f) {
+  switch (type) {
+    case DType::kFloat64:
+      return f(Exact64{});
+    case DType::kBFloat16:
+      return f(TensorBFloat16{});
+    case DType::kFloat16:
+      return f(TensorFloat16{});
+    default:
+      return f(Exact32{});
+  }
+}
+
 }  // namespace mtl::cuda

@@ -12,9 +12,11 @@ constexpr int kUploadBytes = 3584;
 struct Upload {
   uint64_t words[kUploadBytes / 8];
 };
+namespace {  // one in each file that includes this
 __global__ void __launch_bounds__(kThreads) upload_kernel(Upload from, int words, uint64_t* to) {
   for (int i = static_cast<int>(threadIdx.x); i < words; i += kThreads) to[i] = from.words[i];
 }
+}  // namespace
 
 __device__ inline double label_at(const Labels& y, int64_t r, int64_t c) {
   const int64_t i = r * y.row_stride + c * y.col_stride;
