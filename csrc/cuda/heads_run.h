@@ -177,7 +177,7 @@ void HeadsRun<Engine>::plan() {
       if (t.counts()) label_rows = std::max(label_rows, std::min(t.labels.columns, call.given));
     slots = piece_slots(n, count);
   }
-  blocks = routed ? slots : std::max<int64_t>(1, (n + kThreads - 1) / kThreads);
+  blocks = routed ? slots : std::max<int64_t>(1, (n + kLabelRows - 1) / kLabelRows);
   const int64_t real_count = losses ? call.reals->size(0) : 0, per_block = routed ? 1 : count;
 
   memory.add(&begins, count + 1);
@@ -292,7 +292,7 @@ void HeadsRun<Engine>::read_labels() {
   const double* const v = gramian ? nullptr : weight;
   const std::vector<TaskSpec>& specs = call.tasks.specs;
   if (!routed) {
-    label_job = {tasks, reals, count, n, blocks, label_job.counts, label_job.norms, label_job.wrong};
+    label_job = {tasks, reals, count, n, blocks, n, label_job.counts, label_job.norms, label_job.wrong};
     check(launch(labels_kernel<Sum>, dim3(static_cast<unsigned>(blocks), across(count)), threads, 0, stream, label_job,
                  labels));
     if (kEmulated && *label_job.wrong) refuse_label(specs[*label_job.wrong - 1], *label_job.wrong - 1, n);
@@ -320,8 +320,7 @@ template <class Engine>
 void HeadsRun<Engine>::finish() {
   const dim3 threads(kThreads);
   if (parameters && sizeof(Sum) != sizeof(Element) && layers.numbers > 0)
-    check(launch(sum_parts_kernel<Sum, Element>, dim3(blocks_for(layers.numbers, kThreads)), threads, 0, stream,
-                 static_cast<const Sum*>(sums), int64_t(1), layers.numbers, static_cast<Element*>(wanted.flat)));
+    check(sum_parts(static_cast<const Sum*>(sums), 1, layers.numbers, static_cast<Element*>(wanted.flat), stream));
   if (!losses) return;
   const double* of_tasks = loss_parts;
   if (routed) {
@@ -330,9 +329,10 @@ void HeadsRun<Engine>::finish() {
                  int64_t(1), task_losses));
     of_tasks = task_losses;
   }
-  check(launch(finish_losses_kernel<Sum>, dim3(1), threads, 0, stream, count, of_tasks,
-               routed ? int64_t(1) : loss_blocks, int64_t(1), count, static_cast<const double*>(norm), weight,
-               static_cast<Sum*>(wanted.per_task), static_cast<Sum*>(wanted.total), means));
+  check(cuda::finish<Sum, Element>({}, {},
+                                   {count, routed ? int64_t(1) : loss_blocks, of_tasks, norm, weight,
+                                    static_cast<Sum*>(wanted.per_task), static_cast<Sum*>(wanted.total), means},
+                                   stream));
   if (!gramian) return;
   Sum* const gram = static_cast<Sum*>(wanted.gram);
   if (!routed) {

@@ -18,32 +18,13 @@
 #include "host.h"
 #include "library.h"
 #include "logits_loss.cuh"
+#include "scratch.h"
 #include "warp_loss.cuh"
 
 namespace mtl::cuda {
 namespace {
 
 const char* const kName = "multi_head_loss";
-
-// Memory of one call on the device: pieces of one tensor.
-class Pieces {
- public:
-  template <class T>
-  void add(T** place, int64_t count) {
-    wanted_.push_back({reinterpret_cast<void**>(place), bytes_});
-    bytes_ += (count * static_cast<int64_t>(sizeof(T)) + 255) / 256 * 256;
-  }
-  void make(const Tensor& like) {
-    memory_.emplace(empty_on(like, {bytes_}, ScalarType::Byte));
-    char* const data = static_cast<char*>(memory_->mutable_data_ptr());
-    for (const auto& [place, at] : wanted_) *place = data + at;
-  }
-
- private:
-  std::vector<std::pair<void**, int64_t>> wanted_;
-  int64_t bytes_ = 0;
-  std::optional<Tensor> memory_;
-};
 
 // What goes to the device with the launches: pieces of one block of bytes.
 class Staging {
@@ -60,18 +41,6 @@ class Staging {
  private:
   std::vector<char> bytes_;
 };
-
-void upload(const void* from, int64_t bytes, void* to, cudaStream_t stream) {
-  for (int64_t at = 0; at < bytes; at += kUploadBytes) {
-    Upload part{};
-    const int64_t size = std::min<int64_t>(kUploadBytes, bytes - at);
-    std::memcpy(part.words, static_cast<const char*>(from) + at, size);
-    const int words = static_cast<int>((size + 7) / 8);
-    check_launch(launch(upload_kernel, dim3(1), dim3(kThreads), 0, stream, part, words,
-                        reinterpret_cast<uint64_t*>(static_cast<char*>(to) + at)),
-                 kName);
-  }
-}
 
 struct Call {
   const Tensor &x, &weight;
@@ -129,7 +98,7 @@ struct Run {
     double* norm;
     Sum *labels, *scale;
     LabelJob label_job{};
-    Pieces pieces;
+    Scratch pieces;
     pieces.add(&staged, static_cast<int64_t>(staging.bytes().size()));
     pieces.add(&norm, count);
     pieces.add(&means_, count);
@@ -138,7 +107,7 @@ struct Run {
     pieces.add(&label_job.counts, count * label_blocks);
     pieces.add(&label_job.norms, count * label_blocks);
     pieces.make(call.x);
-    upload(staging.bytes().data(), static_cast<int64_t>(staging.bytes().size()), staged, stream);
+    send(staging.bytes().data(), static_cast<int64_t>(staging.bytes().size()), staged, stream, kName);
     job.tasks = reinterpret_cast<const DeviceTask*>(staged + at_tasks);
     job.reals = reinterpret_cast<const double*>(staged + at_reals);
     device_slots_ = reinterpret_cast<const Slot*>(staged + at_slots);
@@ -201,8 +170,8 @@ struct Run {
   }
 
   // Sums of the blocks: gradients of the parameters, and losses.
-  Pieces make_parts(int64_t blocks, bool sums = false) {
-    Pieces parts;
+  Scratch make_parts(int64_t blocks, bool sums = false) {
+    Scratch parts;
     parts.add(&job.loss_parts, blocks * count);
     parts.add(&job.weight_parts, sums && job.need_sums ? blocks * k * d : 0);
     parts.add(&job.bias_parts, sums && job.need_sums ? blocks * k : 0);
@@ -251,7 +220,7 @@ struct Run {
     if (static_cast<int64_t>(shared) > max_shared(call.x)) return false;
     const int64_t tiles = (n + Shape::kRows - 1) / Shape::kRows;
     const int64_t blocks = std::min<int64_t>(tiles, Shape::kBlocks * multiprocessors(call.x));
-    const Pieces parts = make_parts(blocks, true);
+    const Scratch parts = make_parts(blocks, true);
     launch_persistent(warp_loss_kernel<Engine, K, D>, blocks, Shape::kBlock, shared,
                       WarpLossJob<Element>{job, device_slots_, device_warp_tasks_, static_cast<int>(slots_.size()),
                                            static_cast<int>(warp_tasks_.size()), static_cast<int>(label_rows_)});
@@ -275,7 +244,7 @@ struct Run {
     if (static_cast<int64_t>(Shape::kShared) > max_shared(call.x)) return false;
     const int64_t tiles = (n + Shape::kRows - 1) / Shape::kRows;
     const int64_t blocks = std::min<int64_t>(tiles, multiprocessors(call.x));
-    const Pieces parts = make_parts(blocks, true);
+    const Scratch parts = make_parts(blocks, true);
     launch_persistent(fused_loss_kernel<Engine, K, D>, blocks, kThreads, Shape::kShared, job);
     return true;
   }
@@ -296,7 +265,7 @@ struct Run {
     const int64_t rows = tile.rows > 0 ? tile.rows : kThreads;
     int64_t blocks = std::max<int64_t>(1, (n + rows - 1) / rows);
     if (tile.rows > 0) blocks = std::min<int64_t>(blocks, 8 * multiprocessors(call.x));
-    const Pieces parts = make_parts(blocks);
+    const Scratch parts = make_parts(blocks);
     with.loss.loss_parts = job.loss_parts;
     const dim3 grid(static_cast<unsigned>(blocks), tile.rows > 0 ? 1 : tasks_across);
     if (tile.rows > 0) {
@@ -323,15 +292,16 @@ struct Run {
       check_launch(
           gemm<Engine, Sum, false, false>({job.x, job.weight, job.bias, job.bias_stride, z, n, k, d}, 1, stream),
           kName);
-    losses_of_logits({job, n, k, z, gradient() && !kOne ? g : nullptr, wants, add_bias, kOne || call.need_gramian},
-                     tasks_across);
+    losses_of_logits(
+        {job, n, k, z, gradient() && !kOne ? g : nullptr, wants, add_bias, kOne || call.need_bias || call.need_gramian},
+        tasks_across);
     const auto gradients = view_of<Element>(g, n, k, k, 1);
     if (call.need_x && !(some && library_product(rounded, call.weight, call.dx)))
       check_launch(gemm<Engine, Element, false, true>({gradients, job.weight, nullptr, 0, job.dx, n, d, k}, 1, stream),
                    kName);
     const int64_t slices = row_slices(n, k, d);
     const bool own_sums = call.need_weight && !(some && library_product(turned(rounded), call.x, call.dw));
-    Pieces more;
+    Scratch more;
     more.add(&job.weight_parts, own_sums ? slices * k * d : 0);
     more.add(&job.bias_parts, call.need_bias ? slices * k : 0);
     more.make(call.x);
@@ -342,7 +312,7 @@ struct Run {
       add_up(job.weight_parts, slices, k * d, call.dw);
     }
     if (call.need_bias) {
-      check_launch(column_sums(gradients, slices, job.bias_parts, stream), kName);
+      check_launch(column_sums(view_of<Sum>(z, n, k, k, 1), slices, job.bias_parts, stream), kName);
       add_up(job.bias_parts, slices, k, call.db);
     }
     if (call.need_gramian) gramian(view_of<Sum>(z, n, k, k, 1));
@@ -361,7 +331,7 @@ struct Run {
       const int64_t width = specs[last - 1].begin + specs[last - 1].width - begin;
       const int64_t slices = std::max<int64_t>(1, std::min(row_slices(n, width, k), (int64_t(1) << 26) / (width * k)));
       Sum *parts, *s, *p;
-      Pieces pieces;
+      Scratch pieces;
       pieces.add(&parts, slices * width * k);
       pieces.add(&s, width * k);
       pieces.add(&p, width * k);

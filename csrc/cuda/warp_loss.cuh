@@ -131,14 +131,21 @@ __device__ void warp_losses(const WarpTask* tasks, int task_count, int first, in
       uint32_t v[4];
     };
     for (int p = 0; p < pieces; p += 2) {
-      const Four<float> a = own[p], b = own[p + 1];
-      Eight packed{};
-      if (!missing)
-        packed = {pack<Element>(a.v[0] * factor, a.v[1] * factor), pack<Element>(a.v[2] * factor, a.v[3] * factor),
-                  pack<Element>(b.v[0] * factor, b.v[1] * factor), pack<Element>(b.v[2] * factor, b.v[3] * factor)};
-      *reinterpret_cast<Eight*>(to + p * 4) = packed;
+      Four<float> a = own[p], b = own[p + 1];
+#pragma unroll
+      for (int q = 0; q < 4; ++q) {
+        a.v[q] = missing ? 0.0f : a.v[q] * factor;
+        b.v[q] = missing ? 0.0f : b.v[q] * factor;
+      }
+      own[p] = a;
+      own[p + 1] = b;
+      *reinterpret_cast<Eight*>(to + p * 4) = {pack<Element>(a.v[0], a.v[1]), pack<Element>(a.v[2], a.v[3]),
+                                               pack<Element>(b.v[0], b.v[1]), pack<Element>(b.v[2], b.v[3])};
     }
-    if (!missing) to[label] = from_float<Element>(at_own);
+    if (!missing) {
+      reinterpret_cast<float*>(own)[label] = at_own;
+      to[label] = from_float<Element>(at_own);
+    }
     loss = lanes_sum<16>(loss);
     if (r == 0) losses[t] += static_cast<double>(loss);
   }
@@ -219,9 +226,8 @@ __global__ void __launch_bounds__(WarpLossShape<Engine, K, D>::kBlock, WarpLossS
 
   Product16<Element, K, D, true, true, Shape::kCount> weight_sum;
   weight_sum.clear();
-  // The sums of the gradients' columns as one more product, with ones: 16 columns a warp.
-  float bias_sum[4] = {};
-  const uint32_t one = pack<Element>(1.0f, 1.0f), ones[2] = {one, one};
+  constexpr int kParts = kBlock / K;
+  float bias_sum = 0.0f;  // of one column of the gradients, every kParts-th row, before they are rounded
   const int depth = round_up(d, kStep);
   for (int at = 0; tile < tile_count; tile += static_cast<int>(gridDim.x), at ^= 1) {
     Element* const x = tiles + at * Shape::kTile;
@@ -243,15 +249,8 @@ __global__ void __launch_bounds__(WarpLossShape<Engine, K, D>::kBlock, WarpLossS
     __syncthreads();
     if (job.need_sums) {
       weight_sum.add(gradients, kGradientRow, x, kRow, kRows);
-      if (warp < K / 16) {
-#pragma unroll 1
-        for (int r = 0; r < kRows; r += 16) {
-          uint32_t left[4];
-          ldmatrix_x4_trans(
-              left, gradients + (r + in_quarter + quarter / 2 * 8) * kGradientRow + warp * 16 + quarter % 2 * 8);
-          mma(bias_sum, left, ones, Element{});
-        }
-      }
+#pragma unroll 8
+      for (int r = thread / K; r < kRows; r += kParts) bias_sum += z[r * kLogitRow + thread % K];
     }
     if (!job.dx) continue;
     __syncthreads();  // x has been read: its place takes dx on its way out
@@ -313,13 +312,12 @@ __global__ void __launch_bounds__(WarpLossShape<Engine, K, D>::kBlock, WarpLossS
     const Slot& s = slots[r / 8];
     if (r % 8 < s.count && c < d) own[(s.begin + r % 8) * d + c] = v;
   });
-  if (warp >= K / 16 || lane % 4 != 0) return;
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const int i = warp * 16 + h * 8 + lane / 4;
-    const Slot& s = slots[i / 8];
-    if (i % 8 < s.count) job.bias_parts[blockIdx.x * k + s.begin + i % 8] = bias_sum[h * 2];
-  }
+  z[thread] = bias_sum;
+  __syncthreads();
+  if (thread >= K) return;
+  for (int part = 1; part < kParts; ++part) bias_sum += z[part * K + thread];
+  const Slot& s = slots[thread / 8];
+  if (thread % 8 < s.count) job.bias_parts[blockIdx.x * k + s.begin + thread % 8] = bias_sum;
 }
 
 }  // namespace mtl::cuda
