@@ -3,8 +3,9 @@
     python benchmarks/gpu_check.py [--checks] [--no-compile] [--emulated] [--json FILE]
 
 1. Builds the library with the CUDA kernels (nvcc), and loads it.
-2. Checks heads, their gradients, losses and Gramians of every dtype and kind of loss against float64, and captures a
-   step in a CUDA graph, which a wait of the host would make fail.
+2. Checks heads, their gradients, losses and Gramians of every dtype and kind of loss against float64; hidden layers,
+   routed rows, encoders (gpu_check_mlp.py) and convolutions (gpu_check_graphs.py) too; and captures a step in a CUDA
+   graph, which a wait of the host would make fail.
 3. Runs the same checks once more under ``compute-sanitizer``, where that is installed.
 4. Times a step with losses, the same as a CUDA graph (without the host's part), and heads alone, in turns: a
    ``ModuleList`` and a loop over losses (``list``), one wide ``Linear`` and losses over ``split`` (``wide``), one loss
@@ -31,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import gpu_check_graphs
+import gpu_check_mlp
 import torch
 from common import print_table, save, settings
 from torch import Tensor, nn
@@ -326,6 +328,9 @@ def main() -> None:
         copies = float(torch.ops.torch_mtl_pyg.copy_rate(torch.ones(1, device="cuda"), 0.3))
         result["graphs"], rows, header = gpu_check_graphs.rows_of(not args.no_compile, copies, times)
         print(f"\nGraphs: copies {copies:.0f} GB/s")
+        print_table(header, rows)
+        result["mlp"], rows, header = gpu_check_mlp.rows_of(not args.no_compile, times)
+        print("\nHidden layers, and rows routed to one head each")
         print_table(header, rows)
     save(args.json, result)
 
