@@ -1,6 +1,6 @@
 """One command on a machine with a GPU: builds, checks against float64, and times against what people write today.
 
-    python benchmarks/gpu_check.py [--checks] [--no-compile] [--emulated] [--json FILE]
+    python benchmarks/gpu_check.py [--checks] [--no-compile] [--quick] [--emulated] [--json FILE]
 
 1. Builds the library with the CUDA kernels (nvcc), and loads it.
 2. Checks heads, their gradients, losses and Gramians of every dtype and kind of loss against float64; hidden layers,
@@ -12,7 +12,8 @@
    over ``[N * T, C]`` (``single``), each under ``torch.compile`` too (``+c``), and Liger's fused cross-entropy where it
    is installed. Beside them the rates of copies and of large matrix products in the same run.
 
-``--checks``: only 1 and 2. ``--emulated``: the checks on emulated kernels, without a GPU.
+``--checks``: only 1 and 2. ``--quick``: without 3, and of the compiled peers ``single`` alone, the fastest of them on
+an H200. ``--emulated``: the checks on emulated kernels, without a GPU.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -194,7 +195,9 @@ def replayed(step: Callable[[], object]) -> Callable[[], object]:
     return graph.replay
 
 
-def bench(n: int, d: int, tasks: int, classes: int, dtype: torch.dtype, compiled: bool) -> dict[str, dict[str, float]]:
+def bench(
+    n: int, d: int, tasks: int, classes: int, dtype: torch.dtype, compiled: Sequence[str]
+) -> dict[str, dict[str, float]]:
     """Milliseconds of the step with losses, of the same in a CUDA graph, and of the forward alone."""
     torch.manual_seed(0)
     torch._dynamo.reset()
@@ -223,8 +226,7 @@ def bench(n: int, d: int, tasks: int, classes: int, dtype: torch.dtype, compiled
         "wide": of_wide,
         "single": of_single,
     }
-    if compiled:
-        losses.update({f"{name}+c": torch.compile(losses[name]) for name in ("list", "wide", "single")})
+    losses.update({f"{name}+c": torch.compile(losses[name]) for name in compiled})
     if importlib.util.find_spec("liger_kernel"):
         from liger_kernel.transformers.functional import liger_cross_entropy
 
@@ -257,7 +259,7 @@ def matrix_rate(dtype: torch.dtype) -> float:
     return 2e-9 * n**3 / times({"mm": lambda: a @ b}, 7)["mm"]
 
 
-def bench_all(compiled: bool) -> list[dict[str, Any]]:
+def bench_all(compiled: Sequence[str]) -> list[dict[str, Any]]:
     """All shapes; prints a table for each dtype."""
     copies = float(torch.ops.torch_mtl_pyg.copy_rate(torch.ones(1, device="cuda"), 0.3))
     results: list[dict[str, Any]] = []
@@ -292,6 +294,7 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--checks", action="store_true", help="build and check, no times")
     p.add_argument("--no-compile", action="store_true", help="without torch.compile")
+    p.add_argument("--quick", action="store_true", help="without compute-sanitizer, one compiled peer")
     p.add_argument("--emulated", action="store_true", help="check emulated kernels on the CPU")
     p.add_argument("--json", type=Path, help="file for the figures")
     args = p.parse_args()
@@ -305,10 +308,9 @@ def main() -> None:
     mtl.use_backend("fused")
     head = settings()
     print(f"{mtl.backend_info().reason} ({time.monotonic() - start:.0f} s)")
-    result: dict[str, Any] = {
-        "settings": head,
-        "checks": check(device) + gpu_check_graphs.check(device, DTYPES, expect),
-    }
+    result: dict[str, Any] = {"settings": head, "checks": check(device)}
+    for part in (gpu_check_graphs, gpu_check_mlp):
+        result["checks"] += part.check(device, DTYPES, expect)
     print(f"{result['checks']} checks passed.")
     if args.emulated:
         return save(args.json, result)
@@ -317,19 +319,22 @@ def main() -> None:
     print(f"A step was captured in a CUDA graph. GPU: {result['gpu']}.")
     if not args.checks:
         sanitizer = shutil.which("compute-sanitizer")
-        if sanitizer:
+        if args.quick:
+            print("compute-sanitizer was left out.")
+        elif sanitizer:
             command = [sanitizer, "--error-exitcode", "9", sys.executable, __file__, "--checks"]
             done = subprocess.run(command, capture_output=True, text=True)
             result["sanitizer"] = done.returncode
             print(f"compute-sanitizer: {done.stdout.strip().splitlines()[-1] if done.stdout else done.stderr[-500:]}")
         else:
             print("compute-sanitizer was not found.")
-        result["results"] = bench_all(not args.no_compile)
+        compiled = [] if args.no_compile else ["single"] if args.quick else ["list", "wide", "single"]
+        result["results"] = bench_all(compiled)
         copies = float(torch.ops.torch_mtl_pyg.copy_rate(torch.ones(1, device="cuda"), 0.3))
-        result["graphs"], rows, header = gpu_check_graphs.rows_of(not args.no_compile, copies, times)
+        result["graphs"], rows, header = gpu_check_graphs.rows_of(len(compiled) > 1, copies, times)
         print(f"\nGraphs: copies {copies:.0f} GB/s")
         print_table(header, rows)
-        result["mlp"], rows, header = gpu_check_mlp.rows_of(not args.no_compile, times)
+        result["mlp"], rows, header = gpu_check_mlp.rows_of(len(compiled) > 1, times)
         print("\nHidden layers, and rows routed to one head each")
         print_table(header, rows)
     save(args.json, result)

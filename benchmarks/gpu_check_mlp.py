@@ -46,7 +46,7 @@ def check(device: torch.device, dtypes: tuple[torch.dtype, ...], expect: Expect)
     for n, d, hidden, routed in CHECKS:
         for dtype in dtypes:
             torch.manual_seed(0)
-            heads = mtl.MultiTaskHeads(d, TASKS, hidden_channels=hidden or None, act="silu" if hidden else None)
+            heads = mtl.MultiTaskHeads(d, TASKS, hidden_channels=hidden or None, act="silu" if hidden else "relu")
             heads = heads.to(device, dtype)
             x = torch.randn(n, d).to(device, dtype).requires_grad_()
             y: Any = labels_of(n, device)
