@@ -227,14 +227,13 @@ struct Run {
     return true;
   }
 
-  // One launch, logits in shared memory: where that was faster on a GPU than the library's products.
+  // One launch, logits in shared memory: where that was no slower on a GPU than the library's products.
   bool fused() {
-    constexpr bool kExact = std::is_same_v<Engine, Exact32>;
-    if constexpr (sizeof(Element) == 2 || kExact) {
-      if (n == 0 || k > 128 || d > 128 || d == 0 || (kExact && k <= 32)) return false;
-      if constexpr (!kExact)
-        if (k <= 32) return d <= 64 ? fused_as<32, 64>() : fused_as<32, 128>();
-      return d <= 64 ? fused_as<128, 64>() : fused_as<128, 128>();
+    constexpr bool kTf32 = std::is_same_v<Engine, TensorTf32>;
+    if constexpr (sizeof(Sum) == 4) {
+      if (n == 0 || k > (kTf32 ? 32 : 128) || d > 128 || d == 0) return false;
+      if (k <= 32) return d <= 64 ? fused_as<32, 64>() : fused_as<32, 128>();
+      if constexpr (!kTf32) return d <= 64 ? fused_as<128, 64>() : fused_as<128, 128>();
     }
     return false;
   }
