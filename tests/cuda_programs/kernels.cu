@@ -5,7 +5,7 @@
 #include <string>
 #include <vector>
 
-#include "cuda/loss_kernels.cuh"
+#include "cuda/warp_loss.cuh"
 
 using namespace mtl;
 using namespace mtl::cuda;
@@ -105,6 +105,7 @@ void fused(int64_t n, int64_t d, int64_t classes, double eps) {
                               labels.data(),
                               scale.data(),
                               3,
+                              n,
                               dx.data(),
                               true,
                               weight_parts.data(),
@@ -151,6 +152,90 @@ void fused(int64_t n, int64_t d, int64_t classes, double eps) {
   for (int t = 0; t < 3; ++t) expect(loss_parts[t] + loss_parts[3 + t], loss[t], loss[t], eps);
 }
 
+// Cross-entropy in the rows of warps: tasks of `classes`, 3 without labels, and 9, two fragments.
+template <class Engine, int K, int D>
+void warps(int64_t n, int64_t d, int64_t classes, double eps) {
+  using T = typename Engine::Element;
+  using Shape = WarpLossShape<Engine, K, D>;
+  const int64_t widths[3] = {classes, 3, 9}, k = classes + 12, blocks = 2, step = (n + 3) / 4 * 4;
+  const std::vector<T> x = numbers<T>(n * d, 1), w = numbers<T>(k * d, 0.3), bias = numbers<T>(k, 1);
+  const std::vector<float> scale = {0.5f, 0.25f, 2.0f};
+  std::vector<float> labels(2 * step, 77.0f);  // what lies behind the rows is nobody's label
+  for (int64_t r = 0; r < n; ++r) {
+    labels[r] = r % 3 == 0 ? NAN : static_cast<float>(r % classes);
+    labels[step + r] = static_cast<float>(r % 9);
+  }
+  std::vector<Slot> slots;
+  std::vector<WarpTask> tasks;
+  for (int t = 0, begin = 0; t < 3; begin += static_cast<int>(widths[t++])) {
+    const int pieces = static_cast<int>((widths[t] + 7) / 8);
+    tasks.push_back({static_cast<int>(slots.size()), pieces, t == 0 ? 0 : t == 1 ? -1 : 1, 0.0f});
+    for (int c = 0; c < widths[t]; c += 8)
+      slots.push_back({begin + c, static_cast<int>(widths[t] - c < 8 ? widths[t] - c : 8)});
+  }
+  std::vector<T> dx(n * d);
+  std::vector<float> weight_parts(blocks * k * d), bias_parts(blocks * k);
+  std::vector<double> loss_parts(blocks * 3);
+  WarpLossJob<T> job{};
+  job.loss.x = view_of<T>(x.data(), n, d, d, 1);
+  job.loss.weight = view_of<T>(w.data(), k, d, d, 1);
+  job.loss.bias = bias.data();
+  job.loss.bias_stride = 1;
+  job.loss.labels = labels.data();
+  job.loss.label_step = step;
+  job.loss.scale = scale.data();
+  job.loss.task_count = 3;
+  job.loss.dx = dx.data();
+  job.loss.need_sums = true;
+  job.loss.weight_parts = weight_parts.data();
+  job.loss.bias_parts = bias_parts.data();
+  job.loss.loss_parts = loss_parts.data();
+  job.slots = slots.data();
+  job.tasks = tasks.data();
+  job.slot_count = static_cast<int>(slots.size());
+  job.task_count = 3;
+  job.label_rows = 2;
+  const auto kernel = warp_loss_kernel<Engine, K, D>;
+  check(allow_shared(kernel, Shape::shared(2)));
+  check(launch(kernel, dim3(blocks), dim3(Shape::kBlock), Shape::shared(2), nullptr, job));
+
+  std::vector<double> loss(3), dw(k * d), dw_size(k * d), db(k);
+  for (int64_t r = 0; r < n; ++r) {
+    std::vector<double> g(k);
+    int64_t begin = 0;
+    for (int t = 0; t < 3; begin += widths[t++]) {
+      const float y = t == 1 ? NAN : labels[t / 2 * step + r];
+      if (y != y) continue;
+      std::vector<double> z(widths[t]);
+      double total = 0;
+      for (int64_t c = 0; c < widths[t]; ++c) {
+        z[c] = number(bias[begin + c]);
+        for (int64_t i = 0; i < d; ++i) z[c] += number(x[r * d + i]) * number(w[(begin + c) * d + i]);
+        total += exp(z[c]);
+      }
+      const auto own = static_cast<int64_t>(y);
+      loss[t] += log(total) - z[own];
+      for (int64_t c = 0; c < widths[t]; ++c) g[begin + c] = (exp(z[c]) / total - (c == own)) * scale[t];
+    }
+    for (int64_t i = 0; i < d; ++i) {
+      double exact = 0, size = 0;
+      for (int64_t c = 0; c < k; ++c) {
+        const double term = g[c] * number(w[c * d + i]), of_weight = g[c] * number(x[r * d + i]);
+        exact += term;
+        size += fabs(term);
+        dw[c * d + i] += of_weight;
+        dw_size[c * d + i] += fabs(of_weight);
+      }
+      expect(number(dx[r * d + i]), exact, size, eps);
+    }
+    for (int64_t c = 0; c < k; ++c) db[c] += g[c];
+  }
+  for (int64_t i = 0; i < k * d; ++i) expect(weight_parts[i] + weight_parts[k * d + i], dw[i], dw_size[i], eps);
+  for (int64_t c = 0; c < k; ++c)
+    expect(bias_parts[c] + bias_parts[k + c], db[c], static_cast<double>(n), 64 * 0x1p-24);
+  for (int t = 0; t < 3; ++t) expect(loss_parts[t] + loss_parts[3 + t], loss[t], loss[t], 64 * 0x1p-24);
+}
+
 void run(const std::string& name) {
   const double single = 64 * 0x1p-24, half = 4 * 0x1p-8;
   if (name == "products_float32") products<Exact32>(single);
@@ -167,6 +252,11 @@ void run(const std::string& name) {
     fused<TensorBFloat16, 32, 64>(150, 40, 5, half);
     fused<TensorBFloat16, 128, 128>(200, 128, 126, half);
   }
+  if (name == "warps_bfloat16") {
+    warps<TensorBFloat16, 128, 128>(300, 128, 100, half);
+    warps<TensorBFloat16, 32, 64>(200, 50, 5, half);
+  }
+  if (name == "warps_float16") warps<TensorFloat16, 64, 128>(140, 72, 16, half / 8);
   if (name == "fused_float16") fused<TensorFloat16, 128, 64>(65, 33, 40, half / 8);
 }
 

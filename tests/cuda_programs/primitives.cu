@@ -132,11 +132,13 @@ __global__ void votes(int* out) {
   const int from = __shfl_sync(0xffffffffu, lane, 5), in_eight = __shfl_xor_sync(0xffffffffu, lane, 7, 8);
   int low = -1;
   if (lane < 16) low = __shfl_xor_sync(0x0000ffffu, lane, 1);
+  const int after = __shfl_sync(0xffffffffu, 3 * lane, 9);  // half of the lanes have exchanged one value more
   const int count = __syncthreads_count(t % 3 == 0), every = __syncthreads_and(t >= 0),
             some = __syncthreads_or(t == 999);
   const bool good = odd == 0xaaaaaaaau && any == 1 && all == 1 && down == (lane < 29 ? lane + 3 : lane) &&
                     up == (lane < 3 ? lane : lane - 3) && from == 5 && in_eight == (lane ^ 7) &&
-                    (lane >= 16 || low == (lane ^ 1)) && count == 22 && every == 1 && some == 0 && __popc(odd) == 16;
+                    (lane >= 16 || low == (lane ^ 1)) && after == 27 && count == 22 && every == 1 && some == 0 &&
+                    __popc(odd) == 16;
   atomicAdd(out, good ? 1 : 0);
   atomicCAS(out + 1, 0, 1 + t / 64);
 }
