@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -34,21 +35,38 @@ OF_VALUES = (
 VALUES = f"({' or '.join(OF_VALUES)}) and {EVERYTHING}"
 
 
-@pytest.mark.parametrize(("order", "tests"), [("0", EVERYTHING), ("1", VALUES), ("7", VALUES)])
-def test_emulated_kernels_pass_the_tests_of_the_ops(order: str, tests: str) -> None:
+# Forward, backward, shuffled.
+RUNS = {"0": EVERYTHING, "1": VALUES, "7": VALUES}
+
+
+@pytest.fixture(scope="module")
+def runs() -> Iterator[dict[str, subprocess.Popen[str]]]:
+    """All at once: a run keeps one core busy at most times."""
     require_fused()
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", tests, *OPS],
-        env={
-            **{**os.environ, "TORCH_MTL_PYG_EMULATE": "cuda", "TORCH_MTL_PYG_EMULATE_ORDER": order},
-            **({"TORCH_MTL_PYG_EMULATE_CHUNK": "65536"} if order == "7" else {}),  # few rows make many chunks
-        },
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
-    assert " skipped" not in done.stdout
+    started = {}
+    for order, tests in RUNS.items():
+        environment = {**os.environ, "TORCH_MTL_PYG_EMULATE": "cuda", "TORCH_MTL_PYG_EMULATE_ORDER": order}
+        environment["OMP_NUM_THREADS"] = "1"  # PyTorch's own threads would wait for those of the other runs
+        if order == "7":
+            environment["TORCH_MTL_PYG_EMULATE_CHUNK"] = "65536"  # few rows make many chunks
+        started[order] = subprocess.Popen(
+            [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", tests, *OPS],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+    yield started
+    for run in started.values():
+        run.kill()
+
+
+@pytest.mark.parametrize("order", RUNS)
+def test_emulated_kernels_pass_the_tests_of_the_ops(runs: dict[str, subprocess.Popen[str]], order: str) -> None:
+    out, _ = runs[order].communicate()
+    assert runs[order].returncode == 0, out[-4000:]
+    assert " passed" in out
+    assert " skipped" not in out
 
 
 def test_the_check_for_a_gpu_on_emulated_kernels() -> None:
