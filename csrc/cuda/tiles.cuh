@@ -32,13 +32,14 @@ __device__ To converted(From v) {
 // Columns [column, column + columns) of `rows` rows from `row` on; what lies outside of the matrix is zero. Copies are
 // asynchronous where the types are the same and all is aligned: to be waited for (cp_async_wait) and met at a barrier.
 // By a block, or by `threads` threads of which this one is `thread`.
-template <class Element, class T>
+template <int kUnroll = 4, class Element, class T>
 __device__ void load_tile(Element* tile, int tile_row, const View<T>& m, int64_t row, int rows, int64_t column,
                           int columns, int thread = static_cast<int>(threadIdx.x), int threads = kThreads) {
   if constexpr (sizeof(Element) == sizeof(T)) {
     if (m.aligned) {
       constexpr int kPiece = 16 / static_cast<int>(sizeof(T));
       const int pieces = columns / kPiece;
+#pragma unroll kUnroll
       for (int i = thread; i < rows * pieces; i += threads) {
         const int r = i / pieces, c = i % pieces * kPiece;
         const bool there = row + r < m.rows && column + c < m.cols;

@@ -193,7 +193,8 @@ __global__ void __launch_bounds__(WarpLossShape<Engine, K, D>::kBlock, WarpLossS
     if (job.x.aligned && d == D && first + kRows <= n)
       load_whole_tile<kRows, D, kBlock>(tiles + at * Shape::kTile, kRow, job.x, first);
     else
-      load_tile(tiles + at * Shape::kTile, kRow, job.x, first, kRows, 0, D, thread, kBlock);
+      load_tile<1>(tiles + at * Shape::kTile, kRow, job.x, first, kRows, 0, D, thread, kBlock);
+#pragma unroll 1  // registers are short
     for (int i = thread; i < label_size / 4; i += kBlock) {
       const int64_t row = first + i % (kRows / 4) * 4;
       const float* const from = job.labels + i / (kRows / 4) * job.label_step + row;
@@ -215,7 +216,7 @@ __global__ void __launch_bounds__(WarpLossShape<Engine, K, D>::kBlock, WarpLossS
   for (int j = 0; j < kSlots; ++j) {
     View<Element> own = job.weight;
     own.rows = slots[j].begin + slots[j].count;
-    load_tile(weight + j * 8 * kRow, kRow, own, slots[j].begin, 8, 0, D, thread, kBlock);
+    load_tile<1>(weight + j * 8 * kRow, kRow, own, slots[j].begin, 8, 0, D, thread, kBlock);
   }
   cp_async_commit();
   for (int i = thread; i < K; i += kBlock) {
