@@ -9,6 +9,15 @@
 
 namespace mtl::cuda {
 
+// ptxas needs more registers for compute capability 8.0, and there are 128: loops take one step at a time there.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+#define MTL_STEPS _Pragma("unroll 1")
+constexpr int kRowsAtOnce = 2, kPiecesAtOnce = 1;
+#else
+#define MTL_STEPS
+constexpr int kRowsAtOnce = 8, kPiecesAtOnce = 4;
+#endif
+
 constexpr int kMostSlots = 16;  // of eight columns
 struct Slot {
   int begin, count;  // `count` columns from `begin` of the packed logits
@@ -130,6 +139,7 @@ __device__ void warp_losses(const WarpTask* tasks, int task_count, int first, in
     struct alignas(16) Eight {
       uint32_t v[4];
     };
+    MTL_STEPS
     for (int p = 0; p < pieces; p += 2) {
       Four<float> a = own[p], b = own[p + 1];
 #pragma unroll
@@ -193,8 +203,8 @@ __global__ void __launch_bounds__(WarpLossShape<Engine, K, D>::kBlock, WarpLossS
     if (job.x.aligned && d == D && first + kRows <= n)
       load_whole_tile<kRows, D, kBlock>(tiles + at * Shape::kTile, kRow, job.x, first);
     else
-      load_tile<1>(tiles + at * Shape::kTile, kRow, job.x, first, kRows, 0, D, thread, kBlock);
-#pragma unroll 1  // registers are short
+      load_tile<kPiecesAtOnce>(tiles + at * Shape::kTile, kRow, job.x, first, kRows, 0, D, thread, kBlock);
+    MTL_STEPS
     for (int i = thread; i < label_size / 4; i += kBlock) {
       const int64_t row = first + i % (kRows / 4) * 4;
       const float* const from = job.labels + i / (kRows / 4) * job.label_step + row;
@@ -216,7 +226,7 @@ __global__ void __launch_bounds__(WarpLossShape<Engine, K, D>::kBlock, WarpLossS
   for (int j = 0; j < kSlots; ++j) {
     View<Element> own = job.weight;
     own.rows = slots[j].begin + slots[j].count;
-    load_tile<1>(weight + j * 8 * kRow, kRow, own, slots[j].begin, 8, 0, D, thread, kBlock);
+    load_tile<kPiecesAtOnce>(weight + j * 8 * kRow, kRow, own, slots[j].begin, 8, 0, D, thread, kBlock);
   }
   cp_async_commit();
   for (int i = thread; i < K; i += kBlock) {
@@ -250,7 +260,7 @@ __global__ void __launch_bounds__(WarpLossShape<Engine, K, D>::kBlock, WarpLossS
     __syncthreads();
     if (job.need_sums) {
       weight_sum.add(gradients, kGradientRow, x, kRow, kRows);
-#pragma unroll 8
+#pragma unroll kRowsAtOnce
       for (int r = thread / K; r < kRows; r += kParts) bias_sum += z[r * kLogitRow + thread % K];
     }
     if (!job.dx) continue;
@@ -320,5 +330,7 @@ __global__ void __launch_bounds__(WarpLossShape<Engine, K, D>::kBlock, WarpLossS
   const Slot& s = slots[thread / 8];
   if (thread % 8 < s.count) job.bias_parts[blockIdx.x * k + s.begin + thread % 8] = bias_sum;
 }
+
+#undef MTL_STEPS
 
 }  // namespace mtl::cuda
