@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import re
 from typing import Any
 
@@ -17,6 +18,8 @@ from torch_geometric.nn import GraphSAGE
 
 import torch_mtl_pyg as mtl
 from torch_mtl_pyg.labels import LabelError
+from torch_mtl_pyg.ops.loss_table import loss_table
+from torch_mtl_pyg.task import TaskLayout
 
 
 def heads_of(p: Any, dtype: torch.dtype = torch.float64) -> mtl.MultiTaskHeads:
@@ -409,8 +412,6 @@ def test_poisson_counts_and_direct_calls(fused: None) -> None:
         LabelError, match=r"y\['n'\]: expected finite counts of at least 0.*got -1.0 in row 0, column 1"
     ):
         heads.loss(torch.randn(1, 8), {"n": torch.tensor([[1.0, -1.0]])})
-    from torch_mtl_pyg.ops.loss_table import loss_table
-
     table = loss_table(heads.layout)
     x, weight = torch.randn(3, 8), torch.randn(2, 8)
     good: list[Any] = [x, weight, None, [torch.ones(3, 2)], table.integers, table.reals, table.weight]
@@ -444,3 +445,12 @@ def test_expected_is_torch_nn_functional() -> None:
     log_p = z - z.logsumexp(1, keepdim=True)
     torch.testing.assert_close(got.per_task[0], -log_p[torch.arange(11), y].mean())
     torch.testing.assert_close(got.gradient, (log_p.exp() - F.one_hot(y, 3)) / 11)
+
+
+def test_weights_are_kept_for_each_device() -> None:
+    table = loss_table(TaskLayout({"a": mtl.Task(2, loss="mse", weight=0.5), "b": mtl.Task(1, loss="bce")}))
+    assert table.weight_on(torch.device("cpu")) is table.weight
+    other = table.weight_on(torch.device("meta"))
+    assert other.device.type == "meta" and table.weight_on(torch.device("meta")) is other
+    again = pickle.loads(pickle.dumps(table))
+    assert torch.equal(again.weight, table.weight) and again.weight_on(torch.device("meta")) is not other

@@ -38,6 +38,18 @@ class LossTable:
         self.reals = torch.tensor(reals, dtype=torch.float64, device="cpu")
         self.weight = torch.tensor(weights, dtype=torch.float64, device="cpu")
         self.fused = tuple(isinstance(task.loss, str) for task in layout.tasks.values())
+        self._weights: dict[torch.device, Tensor] = {}
+
+    def weight_on(self, device: torch.device) -> Tensor:
+        """The tasks' weights on a device, copied there once: the host would wait for every copy."""
+        if device.type == "cpu":
+            return self.weight
+        if device not in self._weights:
+            self._weights[device] = self.weight.to(device)
+        return self._weights[device]
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_weights": {}}
 
 
 def loss_table(layout: TaskLayout, outside: bool = False) -> LossTable:

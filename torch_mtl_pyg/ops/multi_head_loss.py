@@ -223,7 +223,7 @@ class _MultiHeadLoss(torch.autograd.Function):
             # The host does not wait for the factor: the device scales, or the gradients are computed for the weights.
             if of_per_task is None:
                 with torch._C._AutoDispatchBelowAutograd():
-                    torch.ops.torch_mtl_pyg.scale_gradients([g for g in ready if g.numel()], of_total)
+                    torch.ops.torch_mtl_pyg.scale_gradients(ready, of_total)
                 return *(g if need else None for g, need in zip(ready, needs, strict=True)), *_REST
         elif ready is not None:
             factor = of_total if of_per_task is None else _common_factor(of_per_task, of_total, table.weight)
@@ -234,10 +234,9 @@ class _MultiHeadLoss(torch.autograd.Function):
                 if number != 1.0:
                     ready = [g * number if need else g for g, need in zip(ready, needs, strict=True)]
                 return *(g if need else None for g, need in zip(ready, needs, strict=True)), *_REST
-        v = task_weights(of_per_task, of_total, table.weight)
-        with torch.autocast(
-            x.device.type, enabled=False
-        ):  # the saved tensors are what the forward has made of the arguments
+        v = task_weights(of_per_task, of_total, table.weight_on(x.device))
+        # The saved tensors are what the forward has made of the arguments.
+        with torch.autocast(x.device.type, enabled=False):
             grads = _forward(x, weight, bias, targets, table, v, needs, False)[4:]
         return *(g if need else None for g, need in zip(grads, needs, strict=True)), *_REST
 
