@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 # Stamps are named after what they hold, so that another torch makes a new installation.
 BASE := $(VENV)/.torch-$(TORCH)
 
-.PHONY: demo cora tox21 toxcast qm8 shared mimo test test-scatter lint format bench docs clean
+.PHONY: demo cora tox21 toxcast qm8 shared mimo test test-sanitized test-scatter lint format bench docs clean
 
 demo: $(VENV)/.demo-$(TORCH)
 	$(BIN)/python examples/demo.py --dataset $(DATASET) $(if $(ROOT),--root $(ROOT)) --out $(OUT)
@@ -42,6 +42,10 @@ mimo: $(VENV)/.demo-$(TORCH)
 
 test: $(VENV)/.test-$(TORCH)
 	$(BIN)/python -m pytest
+
+# Values of the emulated CUDA kernels, in a library with AddressSanitizer and UndefinedBehaviorSanitizer.
+test-sanitized: $(VENV)/.test-$(TORCH)
+	MTL_TEST_SANITIZED=1 $(BIN)/python -m pytest tests/test_cuda_contract.py -k sanitizers
 
 # Tests in which PyG scatters or aggregates, with torch_scatter installed, which it then uses for that.
 SCATTER_TESTS := $(wildcard $(foreach name,adjacency aggregate conv* cora_tasks demo heads loader mimo_example model* qm8 \

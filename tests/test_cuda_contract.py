@@ -16,6 +16,8 @@ import pytest
 import torch
 from conftest import require_fused
 
+from torch_mtl_pyg import _build
+
 TESTS = Path(__file__).parent
 NAMES = (
     *("copy_rate", "scale_gradients", "multi_head_linear", "multi_head_loss", "heads_loss"),
@@ -67,6 +69,35 @@ def test_emulated_kernels_pass_the_tests_of_the_ops(runs: dict[str, subprocess.P
     assert runs[order].returncode == 0, out[-4000:]
     assert " passed" in out
     assert " skipped" not in out
+
+
+def test_values_under_sanitizers() -> None:
+    """With AddressSanitizer and UndefinedBehaviorSanitizer; kernels in own programs: test_cuda_emulation.py."""
+    if not os.environ.get("MTL_TEST_SANITIZED"):
+        pytest.skip("takes minutes: make test-sanitized")
+    require_fused()
+    compiler = _build.find_compiler().command[0]
+    libraries = []
+    for name in ("libasan.so", "libstdc++.so"):  # without the second one the first exception ends the process
+        command = [compiler, f"-print-file-name={name}"]
+        found = subprocess.run(command, capture_output=True, text=True, check=True)
+        libraries.append(found.stdout.strip())
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", VALUES, *OPS],
+        env={
+            **os.environ,
+            "TORCH_MTL_PYG_EMULATE": "cuda",
+            "OMP_NUM_THREADS": "1",
+            "CXXFLAGS": "-fsanitize=address,undefined -fno-sanitize-recover=undefined",
+            "ASAN_OPTIONS": "detect_leaks=0",  # of Python there are many
+            "LD_PRELOAD": " ".join(libraries),
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-6000:]
+    assert " passed" in done.stdout
 
 
 def test_the_check_for_a_gpu_on_emulated_kernels() -> None:
