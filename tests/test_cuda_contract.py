@@ -7,6 +7,7 @@ memory of a step whose logits do not fit a block, which keeps them here.
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -76,10 +77,10 @@ def test_values_under_sanitizers() -> None:
     if not os.environ.get("MTL_TEST_SANITIZED"):
         pytest.skip("takes minutes: make test-sanitized")
     require_fused()
-    compiler = _build.find_compiler().command[0]
+    compiler = _build.find_compiler().command
     libraries = []
     for name in ("libasan.so", "libstdc++.so"):  # without the second one the first exception ends the process
-        command = [compiler, f"-print-file-name={name}"]
+        command = [*compiler, f"-print-file-name={name}"]
         found = subprocess.run(command, capture_output=True, text=True, check=True)
         libraries.append(found.stdout.strip())
     done = subprocess.run(
@@ -88,7 +89,8 @@ def test_values_under_sanitizers() -> None:
             **os.environ,
             "TORCH_MTL_PYG_EMULATE": "cuda",
             "OMP_NUM_THREADS": "1",
-            "CXXFLAGS": "-fsanitize=address,undefined -fno-sanitize-recover=undefined",
+            "CXX": shlex.join([*compiler, "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]),
+            "CXXFLAGS": "-O1",
             "ASAN_OPTIONS": "detect_leaks=0",  # of Python there are many
             "LD_PRELOAD": " ".join(libraries),
         },
