@@ -29,7 +29,7 @@ OPS = [str(TESTS / f"test_{name}.py") for name in NAMES]
 # The instruction set is that of other kernels: one is enough.
 NOT = ("avx2", "avx512", "reference", "inductor", "2_31", "bitwise", "peak_memory", "second_order", "for_the_cpu")
 EVERYTHING = " and ".join(f"not {name}" for name in NOT)
-# Values of every op, for the other orders of threads.
+# Values of every op, for the sanitizers.
 OF_VALUES = (
     *("test_values", "test_layouts", "any_shape", "any_tasks", "any_heads", "any_losses", "activations_and_routes"),
     *("linear_heads", "wide_layers", "one_task_and_many"),
@@ -38,8 +38,7 @@ OF_VALUES = (
 VALUES = f"({' or '.join(OF_VALUES)}) and {EVERYTHING}"
 
 
-# Forward, backward, shuffled.
-RUNS = {"0": EVERYTHING, "1": VALUES, "7": VALUES}
+ORDERS = ("0", "1", "7")  # forward, backward, shuffled
 
 
 @pytest.fixture(scope="module")
@@ -47,13 +46,13 @@ def runs() -> Iterator[dict[str, subprocess.Popen[str]]]:
     """All at once: a run keeps one core busy at most times."""
     require_fused()
     started = {}
-    for order, tests in RUNS.items():
+    for order in ORDERS:
         environment = {**os.environ, "TORCH_MTL_PYG_EMULATE": "cuda", "TORCH_MTL_PYG_EMULATE_ORDER": order}
         environment["OMP_NUM_THREADS"] = "1"  # PyTorch's own threads would wait for those of the other runs
         if order == "7":
             environment["TORCH_MTL_PYG_EMULATE_CHUNK"] = "65536"  # few rows make many chunks
         started[order] = subprocess.Popen(
-            [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", tests, *OPS],
+            [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", EVERYTHING, *OPS],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -64,7 +63,7 @@ def runs() -> Iterator[dict[str, subprocess.Popen[str]]]:
         run.kill()
 
 
-@pytest.mark.parametrize("order", RUNS)
+@pytest.mark.parametrize("order", ORDERS)
 def test_emulated_kernels_pass_the_tests_of_the_ops(runs: dict[str, subprocess.Popen[str]], order: str) -> None:
     out, _ = runs[order].communicate()
     assert runs[order].returncode == 0, out[-4000:]
