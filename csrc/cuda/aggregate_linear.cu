@@ -89,7 +89,7 @@ struct Forward {
       if (own_sums) target.wide = sums->mutable_data_ptr();
       neighbours.rows(first, last, target);
       const Sum* const h = static_cast<const Sum*>(own_sums ? target.wide : target.out);
-      multiply_blocks<WideEngine<Engine>, true, T>(blocks, Rows<Sum>{h, last - first, d, 1}, add, stored, stream,
+      multiply_blocks<SumsEngine<Engine>, true, T>(blocks, Rows<Sum>{h, last - first, d, 1}, add, stored, stream,
                                                    kName);
     }
   }

@@ -40,7 +40,7 @@ struct Backward {
   void run() {
     using T = typename Engine::Element;
     using Sum = typename Engine::Sum;
-    using Wide = WideEngine<Engine>;
+    using Wide = SumsEngine<Engine>;
     constexpr bool kSame = sizeof(T) == sizeof(Sum);
     const ScalarType wide = sums_dtype(type);
     const int64_t rows = x.size(0), d = x.size(1), columns = blocks.k(), dw_size = dw.size(0);

@@ -77,23 +77,13 @@ __global__ void __launch_bounds__(kThreads, 1) block_products_kernel(BlockJobs<A
                    Shape::kAColumns);
     load_converted(b, Shape::kBRow, job.b, kTransposedB ? k : column, Shape::kBRows, kTransposedB ? column : k,
                    Shape::kBColumns);
-    cp_async_commit();
   };
   Product<Engine, M, N, kTransposedA, kTransposedB> product;
   product.clear();
-  if (first < last) load(first);
-  for (int64_t chunk = first; chunk < last; ++chunk) {
-    if (chunk + 1 < last) {
-      load(chunk + 1);
-      cp_async_wait<1>();
-    } else {
-      cp_async_wait<0>();
-    }
-    __syncthreads();
+  each_chunk(first, last, load, [&](int64_t chunk) {
     const Element* a = memory + (chunk - first) % 2 * (Shape::kA + Shape::kB);
     product.add(a, Shape::kARow, a + Shape::kA, Shape::kBRow, kChunk);
-    __syncthreads();  // the next but one chunk comes where this one lies
-  }
+  });
   Out* const result = reinterpret_cast<Out*>(memory);
   const auto* const add = job.add ? job.add + slice * jobs.to_next : nullptr;
   product.each([&](int r, int c, auto v) {

@@ -13,7 +13,7 @@ namespace mtl::cuda {
 
 // What sums meet numbers of a type with.
 template <class Engine>
-using WideEngine = std::conditional_t<sizeof(typename Engine::Element) == 2, TensorTf32, Engine>;
+using SumsEngine = std::conditional_t<sizeof(typename Engine::Element) == 2, TensorTf32, Engine>;
 
 // Sums of rows that exist at a time where nobody asks for them: they stay in the second-level cache of a large GPU.
 constexpr int64_t kSumsBytes = 32 << 20;

@@ -52,23 +52,13 @@ __global__ void __launch_bounds__(kThreads, 1)
     load_tile(a, Shape::kARow, left, kTransposedA ? k : row, Shape::kARows, kTransposedA ? row : k, Shape::kAColumns);
     load_tile(a + Shape::kA, Shape::kBRow, right, kTransposedB ? k : column, Shape::kBRows, kTransposedB ? column : k,
               Shape::kBColumns);
-    cp_async_commit();
   };
   Product<Engine, M, N, kTransposedA, kTransposedB> product;
   product.clear();
-  if (first < last) load(first);
-  for (int64_t chunk = first; chunk < last; ++chunk) {
-    if (chunk + 1 < last) {
-      load(chunk + 1);
-      cp_async_wait<1>();
-    } else {
-      cp_async_wait<0>();
-    }
-    __syncthreads();
+  each_chunk(first, last, load, [&](int64_t chunk) {
     const Element* a = memory + (chunk - first) % 2 * (Shape::kA + Shape::kB);
     product.add(a, Shape::kARow, a + Shape::kA, Shape::kBRow, kChunk);
-    __syncthreads();  // the next but one chunk comes where this one lies
-  }
+  });
   const int rows = job.m - row < M ? static_cast<int>(job.m - row) : M;
   const int columns = job.n - column < N ? static_cast<int>(job.n - column) : N;
   if (job.parts) {

@@ -116,25 +116,15 @@ __global__ void __launch_bounds__(kThreads, M* N > 8192 ? 1 : 2) rows_kernel(Row
     rows.load(Shape::left(memory, chunk), Shape::kARow, 0, M, k, kChunk);
     load_tile(Shape::right(memory, chunk), Shape::kBRow, weight, kBack ? k : column, Shape::kBRows, kBack ? column : k,
               Shape::kBColumns);
-    cp_async_commit();
   };
   Product<Engine, M, N, false, kBack> product;
   product.clear();
-  if (chunks > 0) load(0);
-  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-    if (chunk + 1 < chunks) {
-      load(chunk + 1);
-      cp_async_wait<1>();
-    } else {
-      cp_async_wait<0>();
-    }
-    __syncthreads();
+  each_chunk(int64_t(0), chunks, load, [&](int64_t chunk) {
     // Narrow heads are a short depth on the way back.
     const int64_t rest = depth - chunk * kChunk;
     product.add(Shape::left(memory, chunk), Shape::kARow, Shape::right(memory, chunk), Shape::kBRow,
                 rest < kChunk ? round_up(static_cast<int>(rest), kStep) : kChunk);
-    __syncthreads();  // the next but one chunk comes where this one lies
-  }
+  });
   Sum* const result = reinterpret_cast<Sum*>(memory);
   product.each([&](int r, int c, Sum v) {
     if (!kBack && job.bias && column + c < columns)
@@ -210,22 +200,12 @@ __global__ void __launch_bounds__(kThreads, M* N > 8192 ? 1 : 2) outer_kernel(Ou
   const auto load = [&](int chunk) {
     load_tile(Shape::left(memory, chunk), Shape::kARow, g, chunk * kChunk, kChunk, row, M);
     b.load(Shape::right(memory, chunk), Shape::kBRow, chunk * kChunk, kChunk, column, N);
-    cp_async_commit();
   };
   Product<WideEngine<B, Sum>, M, N, true, true> product;
   product.clear();
-  if (chunks > 0) load(0);
-  for (int chunk = 0; chunk < chunks; ++chunk) {
-    if (chunk + 1 < chunks) {
-      load(chunk + 1);
-      cp_async_wait<1>();
-    } else {
-      cp_async_wait<0>();
-    }
-    __syncthreads();
+  each_chunk(int(0), chunks, load, [&](int chunk) {
     product.add(Shape::left(memory, chunk), Shape::kARow, Shape::right(memory, chunk), Shape::kBRow, kChunk);
-    __syncthreads();  // the next but one chunk comes where this one lies
-  }
+  });
   Sum* const result = reinterpret_cast<Sum*>(memory);
   product.each([&](int r, int c, Sum v) { result[r * Shape::kOutRow + c] = v; });
   __syncthreads();

@@ -60,6 +60,28 @@ __device__ void load_tile(Element* tile, int tile_row, const View<T>& m, int64_t
   }
 }
 
+// load(chunk), then use(chunk), for all chunks from `first` to before `last`: each is on its way while the one before
+// is used. Chunks lie in two places by turns, and nobody reads them any more when this returns.
+template <class Index, class Load, class Use>
+__device__ void each_chunk(Index first, Index last, Load load, Use use) {
+  if (first < last) {
+    load(first);
+    cp_async_commit();
+  }
+  for (Index chunk = first; chunk < last; ++chunk) {
+    if (chunk + 1 < last) {
+      load(chunk + 1);
+      cp_async_commit();
+      cp_async_wait<1>();
+    } else {
+      cp_async_wait<0>();
+    }
+    __syncthreads();
+    use(chunk);
+    __syncthreads();  // the next but one chunk comes where this one lies
+  }
+}
+
 // The tile's first `rows` rows and `columns` columns to a matrix with rows of `out_row`, in pieces of 16 bytes where
 // those are aligned: by a block, or by `threads` threads of which this one is `thread`.
 template <class T>

@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "common.h"
 #include "cuda/block_products.cuh"
 #include "cuda/edge_dots.cuh"
 #include "cuda/gather.cuh"
@@ -14,27 +15,14 @@ using namespace mtl::cuda;
 
 namespace {
 
-double worst = 0;
 uint64_t seen = 1469598103934665603u;  // a hash of all results: the same in every order of the threads
-void expect(double got, double wanted, double size, double eps) {
-  const double error = got == got ? fabs(got - wanted) / (eps * (size + 1e-3)) : 1e30;
-  worst = error > worst ? error : worst;
+void expect_and_see(double got, double wanted, double size, double eps) {
+  expect(got, wanted, size, eps);
   uint64_t bits;
   std::memcpy(&bits, &got, 8);
   seen = (seen ^ bits) * 1099511628211u;
 }
-void check(cudaError_t error) {
-  if (error == cudaSuccess) return;
-  printf("a launch: %s\n", cudaGetErrorString(error));
-  exit(2);
-}
 
-double number(double v) { return v; }
-double number(float v) { return v; }
-template <class T>
-double number(T v) {
-  return to_float(v);
-}
 // Few different ones, so that there are ties.
 template <class T>
 std::vector<T> numbers(int64_t count) {
@@ -147,7 +135,7 @@ void reduced(int64_t columns, double eps) {
           size = linear ? size + fabs(v) : fabs(exact);
         }
         const double by = reduce == Reduce::kMean && kDegrees[r] ? static_cast<double>(kDegrees[r]) : 1;
-        expect(number(out[r * columns + c]), exact / by, size / by, eps);
+        expect_and_see(number(out[r * columns + c]), exact / by, size / by, eps);
       }
   }
 }
@@ -200,7 +188,7 @@ void ties(int64_t columns, double eps) {
   gather<CountTies, false>(task);
   for (int64_t i = 0; i < rows * columns; ++i) {
     shares[i] = count[i] > 0 ? static_cast<Sum>(number(grad[i]) / count[i]) : Sum(0);
-    expect(number(unused[i]), static_cast<double>(shares[i]), fabs(static_cast<double>(shares[i])), eps);
+    expect_and_see(number(unused[i]), static_cast<double>(shares[i]), fabs(static_cast<double>(shares[i])), eps);
   }
   task.job.graph = turned.of(rows);
   task.job.x = best.data();
@@ -209,7 +197,7 @@ void ties(int64_t columns, double eps) {
   task.out = dx.data();
   gather<SumTies, false>(task);
   if (wrong[0] || wrong[1]) exit(3);
-  for (int64_t i = 0; i < kSources * columns; ++i) expect(number(dx[i]), exact[i], size[i], eps);
+  for (int64_t i = 0; i < kSources * columns; ++i) expect_and_see(number(dx[i]), exact[i], size[i], eps);
 }
 
 template <class T, bool kVector>
@@ -240,7 +228,7 @@ void dots(int64_t columns, double eps) {
         size += fabs(v);
       }
       const auto by = static_cast<double>(kDegrees[r]);
-      expect(number(out[g.place[e]]), exact / by, size / by, eps);
+      expect_and_see(number(out[g.place[e]]), exact / by, size / by, eps);
     }
 }
 
@@ -268,7 +256,7 @@ void blocks(double eps) {
           exact += v;
           size += fabs(v);
         }
-        expect(number(out[at]), exact, size, eps);
+        expect_and_see(number(out[at]), exact, size, eps);
       }
 }
 

@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "common.h"
 #include "cuda/warp_loss.cuh"
 
 using namespace mtl;
@@ -12,23 +13,6 @@ using namespace mtl::cuda;
 
 namespace {
 
-double worst = 0;
-void expect(double got, double wanted, double size, double eps) {
-  const double error = got == got ? fabs(got - wanted) / (eps * (size + 1e-3)) : 1e30;
-  worst = error > worst ? error : worst;
-}
-void check(cudaError_t error) {
-  if (error == cudaSuccess) return;
-  printf("a launch: %s\n", cudaGetErrorString(error));
-  exit(2);
-}
-
-double number(double v) { return v; }
-double number(float v) { return v; }
-template <class T>
-double number(T v) {
-  return to_float(v);
-}
 template <class T>
 std::vector<T> numbers(int64_t count, double scale) {
   std::vector<T> v(count);
@@ -69,6 +53,37 @@ void products(double eps) {
     product<Engine, true, true>(m, n, depth, slices, eps);
   }
 }
+
+// The gradients of x, weights and biases from those at the logits, in float64.
+struct Gradients {
+  int64_t k, d;
+  std::vector<double> dw, dw_size, db;
+
+  Gradients(int64_t columns, int64_t depth) : k(columns), d(depth), dw(k * d), dw_size(k * d), db(k) {}
+
+  template <class T>
+  void row(int64_t r, const std::vector<double>& g, const std::vector<T>& x, const std::vector<T>& w,
+           const std::vector<T>& dx, double eps) {
+    for (int64_t i = 0; i < d; ++i) {
+      double exact = 0, size = 0;
+      for (int64_t c = 0; c < k; ++c) {
+        const double term = g[c] * number(w[c * d + i]), of_weight = g[c] * number(x[r * d + i]);
+        exact += term;
+        size += fabs(term);
+        dw[c * d + i] += of_weight;
+        dw_size[c * d + i] += fabs(of_weight);
+      }
+      expect(number(dx[r * d + i]), exact, size, eps);
+    }
+    for (int64_t c = 0; c < k; ++c) db[c] += g[c];
+  }
+  // Of two blocks.
+  void check(const std::vector<float>& of_weight, const std::vector<float>& of_bias, int64_t rows, double eps,
+             double bias_eps) const {
+    for (int64_t i = 0; i < k * d; ++i) expect(of_weight[i] + of_weight[k * d + i], dw[i], dw_size[i], eps);
+    for (int64_t c = 0; c < k; ++c) expect(of_bias[c] + of_bias[k + c], db[c], static_cast<double>(rows), bias_eps);
+  }
+};
 
 // Two tasks of squared errors and one of classes, some labels missing: dx, dW and db of all in one launch.
 template <class Engine, int K, int D>
@@ -115,7 +130,8 @@ void fused(int64_t n, int64_t d, int64_t classes, double eps) {
   check(allow_shared(kernel, FusedShape<Engine, K, D>::kShared));
   check(launch(kernel, dim3(blocks), dim3(kThreads), FusedShape<Engine, K, D>::kShared, nullptr, job));
 
-  std::vector<double> loss(3), dw(k * d), dw_size(k * d), db(k);
+  std::vector<double> loss(3);
+  Gradients exact(k, d);
   for (int64_t r = 0; r < n; ++r) {
     std::vector<double> z(k), g(k);
     for (int64_t c = 0; c < k; ++c) {
@@ -134,21 +150,9 @@ void fused(int64_t n, int64_t d, int64_t classes, double eps) {
     const auto own = static_cast<int64_t>(labels[n + r]);
     loss[1] += log(total) - z[1 + own];
     for (int64_t c = 0; c < classes; ++c) g[1 + c] = (exp(z[1 + c]) / total - (c == own)) * scale[1];
-    for (int64_t i = 0; i < d; ++i) {
-      double exact = 0, size = 0;
-      for (int64_t c = 0; c < k; ++c) {
-        const double term = g[c] * number(w[c * d + i]), of_weight = g[c] * number(x[r * d + i]);
-        exact += term;
-        size += fabs(term);
-        dw[c * d + i] += of_weight;
-        dw_size[c * d + i] += fabs(of_weight);
-      }
-      expect(number(dx[r * d + i]), exact, size, eps);
-    }
-    for (int64_t c = 0; c < k; ++c) db[c] += g[c];
+    exact.row(r, g, x, w, dx, eps);
   }
-  for (int64_t i = 0; i < k * d; ++i) expect(weight_parts[i] + weight_parts[k * d + i], dw[i], dw_size[i], eps);
-  for (int64_t c = 0; c < k; ++c) expect(bias_parts[c] + bias_parts[k + c], db[c], static_cast<double>(n), eps);
+  exact.check(weight_parts, bias_parts, n, eps, eps);
   for (int t = 0; t < 3; ++t) expect(loss_parts[t] + loss_parts[3 + t], loss[t], loss[t], eps);
 }
 
@@ -199,7 +203,8 @@ void warps(int64_t n, int64_t d, int64_t classes, double eps) {
   check(allow_shared(kernel, Shape::shared(2)));
   check(launch(kernel, dim3(blocks), dim3(Shape::kBlock), Shape::shared(2), nullptr, job));
 
-  std::vector<double> loss(3), dw(k * d), dw_size(k * d), db(k);
+  std::vector<double> loss(3);
+  Gradients exact(k, d);
   for (int64_t r = 0; r < n; ++r) {
     std::vector<double> g(k);
     int64_t begin = 0;
@@ -217,22 +222,9 @@ void warps(int64_t n, int64_t d, int64_t classes, double eps) {
       loss[t] += log(total) - z[own];
       for (int64_t c = 0; c < widths[t]; ++c) g[begin + c] = (exp(z[c]) / total - (c == own)) * scale[t];
     }
-    for (int64_t i = 0; i < d; ++i) {
-      double exact = 0, size = 0;
-      for (int64_t c = 0; c < k; ++c) {
-        const double term = g[c] * number(w[c * d + i]), of_weight = g[c] * number(x[r * d + i]);
-        exact += term;
-        size += fabs(term);
-        dw[c * d + i] += of_weight;
-        dw_size[c * d + i] += fabs(of_weight);
-      }
-      expect(number(dx[r * d + i]), exact, size, eps);
-    }
-    for (int64_t c = 0; c < k; ++c) db[c] += g[c];
+    exact.row(r, g, x, w, dx, eps);
   }
-  for (int64_t i = 0; i < k * d; ++i) expect(weight_parts[i] + weight_parts[k * d + i], dw[i], dw_size[i], eps);
-  for (int64_t c = 0; c < k; ++c)
-    expect(bias_parts[c] + bias_parts[k + c], db[c], static_cast<double>(n), 64 * 0x1p-24);
+  exact.check(weight_parts, bias_parts, n, eps, 64 * 0x1p-24);
   for (int t = 0; t < 3; ++t) expect(loss_parts[t] + loss_parts[3 + t], loss[t], loss[t], 64 * 0x1p-24);
 }
 
