@@ -259,6 +259,18 @@ def test_a_real_nvcc_makes_a_library_that_loads_without_a_gpu(kernels: Path, mon
 # --- the ops ----------------------------------------------------------------------------------------------------------
 
 
+def test_pytorch_is_asked_for_the_kernels_of_an_op_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str]] = []
+    monkeypatch.setattr(_dispatch, "_cuda_kernels", {})
+    monkeypatch.setattr(
+        torch._C,
+        "_dispatch_has_kernel_for_dispatch_key",
+        lambda op, key: asked.append((op, key)) or op.endswith("::one"),
+    )
+    assert [_dispatch._has_cuda_kernels(op) for op in ("one", "other", "one", "other")] == [True, False, True, False]
+    assert asked == [("torch_mtl_pyg::one", "CUDA"), ("torch_mtl_pyg::other", "CUDA")]
+
+
 def test_the_library_names_its_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     require_fused()
     assert (*torch.ops.torch_mtl_pyg.devices().split(","), "meta") == _dispatch.FUSED_DEVICES

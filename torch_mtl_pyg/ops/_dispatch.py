@@ -48,10 +48,18 @@ def runs_fused(device: str, op: str) -> bool:
     return False
 
 
-# Dynamo takes the answer as a constant: a loaded library keeps its kernels.
+# Dynamo takes the answer as a constant: a loaded library keeps its kernels. PyTorch takes 5 microseconds to give it.
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _has_cuda_kernels(op: str) -> bool:
-    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"torch_mtl_pyg::{op}", "CUDA"))
+    known = _cuda_kernels.get(op)
+    if known is None:
+        known = bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"torch_mtl_pyg::{op}", "CUDA"))
+        _cuda_kernels[op] = known
+    return known
+
+
+# Asked of a loaded library alone, so that no answer is one of before.
+_cuda_kernels: dict[str, bool] = {}
 
 
 # As PyTorch has it now; while something is compiled, as it has it then: a change makes Dynamo compile again.
