@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import reference_graph
-from ._dispatch import LIBRARY, is_batched, transformed
+from ._dispatch import is_batched, register_shapes, transformed
 from ._edges import CODES, MEAN, SUM, Edges, rows, vector
 
 _NAME = "torch_mtl_pyg::aggregate"
@@ -98,9 +98,9 @@ def by_reference(edges: Edges, reduce: int, x: Tensor, edge_weight: Tensor | Non
 
 def register() -> None:
     """Registers shapes and derivatives for direct calls, torch.compile and export."""
-    LIBRARY.impl("aggregate", _meta, "Meta")
-    LIBRARY.impl("aggregate_extreme_backward", lambda grad, x, *_: x.new_empty(x.shape), "Meta")
-    LIBRARY.impl("edge_dots", lambda a, x, ptr, index, *_: x.new_empty(index.shape[0]), "Meta")
+    register_shapes("aggregate", _meta)
+    register_shapes("aggregate_extreme_backward", lambda grad, x, *_: x.new_empty(x.shape))
+    register_shapes("edge_dots", lambda a, x, ptr, index, *_: x.new_empty(index.shape[0]))
     torch.library.register_autograd(_NAME, _backward, setup_context=_setup)
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from . import _aggregate, reference_graph
 from ._aggregate import again, differentiable
-from ._dispatch import LIBRARY
+from ._dispatch import register_shapes
 from ._edges import MEAN, SUM, Edges, rows, vector
 from .reference import wide
 
@@ -224,8 +224,8 @@ def _by_reference(args: Arguments, edges: Edges, reduce: int) -> Tensor:
 
 def register() -> None:
     """Registers shapes and derivatives for direct calls, torch.compile and export."""
-    LIBRARY.impl("aggregate_linear", _meta, "Meta")
-    LIBRARY.impl("aggregate_linear_backward", _meta_backward, "Meta")
+    register_shapes("aggregate_linear", _meta)
+    register_shapes("aggregate_linear_backward", _meta_backward)
     torch.library.register_autograd(_NAME, _backward, setup_context=_setup)
 
 

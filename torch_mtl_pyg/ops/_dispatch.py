@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._pytree import tree_leaves
 
 from .. import backend
 from ._checks import check_floating, check_same
@@ -25,6 +28,29 @@ def register() -> None:
     """Asks the compiled library for its devices."""
     global FUSED_DEVICES
     FUSED_DEVICES = (*torch.ops.torch_mtl_pyg.devices().split(","), "meta")
+
+
+def register_shapes(op: str, kernel: Callable[..., Any]) -> None:
+    """Registers what an op returns for tensors that have a shape alone: those of the device meta, and fake ones.
+
+    PyTorch takes this kernel wherever one tensor is on that device, so that a mixture would get memory without values.
+    """
+
+    def checked(*args: Any) -> Any:
+        results = kernel(*args)
+        if any(t.device.type != "meta" for t in tree_leaves(results)):
+            _refuse_mixture(op, args)
+        return results
+
+    LIBRARY.impl(op, checked, "Meta")
+
+
+def _refuse_mixture(op: str, args: Sequence[Any]) -> None:
+    parameters = getattr(torch.ops.torch_mtl_pyg, op).default._schema.arguments
+    for parameter, arg in zip(parameters, args, strict=False):
+        for t in arg if isinstance(arg, (list, tuple)) else (arg,):
+            if isinstance(t, Tensor) and t.device.type != "meta":
+                raise ValueError(f"{parameter.name}: expected the device of the others, meta, got {t.device}.")
 
 
 def runs_fused(device: str, op: str) -> bool:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from . import reference_graph
 from ._checks import check_same, has_values
-from ._dispatch import LIBRARY, runs_fused
+from ._dispatch import register_shapes, runs_fused
 
 Grouped = tuple[Tensor, Tensor, Tensor]
 
@@ -92,7 +92,7 @@ def register() -> None:
     """Registers shapes for fake tensors, torch.compile and export."""
     global _op
     _op = torch.ops.torch_mtl_pyg.group_edges.default
-    LIBRARY.impl("group_edges", _meta, "Meta")
+    register_shapes("group_edges", _meta)
 
 
 # The loaded op, looked up once.

@@ -27,7 +27,7 @@ from torch import Tensor
 from . import reference
 from ._aggregate import again, differentiable
 from ._checks import DTYPES, check_floating, check_same
-from ._dispatch import LIBRARY, autocast_to, autocasts, runs_fused, transformed
+from ._dispatch import LIBRARY, autocast_to, autocasts, register_shapes, runs_fused, transformed
 
 _NAME = "torch_mtl_pyg::grouped_linear"
 
@@ -89,8 +89,8 @@ def register() -> None:
     global _forward_op, _backward_op
     _forward_op = torch.ops.torch_mtl_pyg.grouped_linear.default
     _backward_op = torch.ops.torch_mtl_pyg.grouped_linear_backward.default
-    LIBRARY.impl("grouped_linear", _meta_forward, "Meta")
-    LIBRARY.impl("grouped_linear_backward", _meta_backward, "Meta")
+    register_shapes("grouped_linear", _meta_forward)
+    register_shapes("grouped_linear_backward", _meta_backward)
     torch.library.register_autograd(_NAME, _backward_of_op, setup_context=_save_for_backward)
     for key in ("AutocastCPU", "AutocastCUDA"):
         LIBRARY.impl("grouped_linear", _autocast(key), key)

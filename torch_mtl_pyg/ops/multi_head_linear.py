@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._dispatch import LIBRARY, autocast_to, is_batched, prepare, records, transformed
+from ._dispatch import LIBRARY, autocast_to, is_batched, prepare, records, register_shapes, transformed
 
 _NAME = "torch_mtl_pyg::multi_head_linear"
 _Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -89,8 +89,8 @@ def register() -> None:
     _backward_op = torch.ops.torch_mtl_pyg.multi_head_linear_backward.default
     # As kernels for meta tensors, which fake tensors use too: register_fake would look for the line of this call in the
     # source of every loaded module, at 50 ms.
-    LIBRARY.impl("multi_head_linear", _meta_forward, "Meta")
-    LIBRARY.impl("multi_head_linear_backward", _meta_backward, "Meta")
+    register_shapes("multi_head_linear", _meta_forward)
+    register_shapes("multi_head_linear_backward", _meta_backward)
     torch.library.register_autograd(_NAME, _backward_of_forward, setup_context=_save_for_backward)
     torch.library.register_autograd(f"{_NAME}_backward", _backward_of_backward, setup_context=_save_for_double_backward)
     for key in ("AutocastCPU", "AutocastCUDA"):

@@ -38,7 +38,7 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from ..labels import check_values, split_labels
 from ..task import TaskLayout
 from . import reference
-from ._dispatch import LIBRARY, autocast_to, is_batched, prepare, records, runs_fused, transformed
+from ._dispatch import LIBRARY, autocast_to, is_batched, prepare, records, register_shapes, runs_fused, transformed
 from .loss_table import LossTable, loss_table, total_weight
 
 _NAME = "torch_mtl_pyg::multi_head_loss"
@@ -93,7 +93,7 @@ def multi_head_loss(
             return per_task, total, others[0], others[1] if gramian else None
         table = loss_table(layout, bool(outside))
         results = _forward(x, weight, bias, [*targets, *outside], table, table.weight, _NOTHING, gramian)
-    except (RuntimeError, TypeError, AttributeError):
+    except (RuntimeError, TypeError, ValueError, AttributeError):
         # The op checks everything, and here the argument is found that it refused.
         prepare(x, weight, bias, "multi_head_loss")
         _explain(y, layout, x)
@@ -106,7 +106,7 @@ def register() -> None:
     """Registers shapes, derivatives and autocast for direct calls of the op, torch.compile and export."""
     global _op
     _op = torch.ops.torch_mtl_pyg.multi_head_loss.default
-    LIBRARY.impl("multi_head_loss", _meta, "Meta")
+    register_shapes("multi_head_loss", _meta)
     torch.library.register_autograd(_NAME, _backward_of_op, setup_context=_save_for_op)
     for key in ("AutocastCPU", "AutocastCUDA"):
         LIBRARY.impl("multi_head_loss", _autocast(key), key)

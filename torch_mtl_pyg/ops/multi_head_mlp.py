@@ -32,7 +32,7 @@ from ..task import TaskLayout
 from . import reference_mlp
 from ._aggregate import again, differentiable
 from ._checks import check_floating, check_route, check_route_values, check_same
-from ._dispatch import LIBRARY, autocast_to, autocasts, runs_fused, transformed
+from ._dispatch import LIBRARY, autocast_to, autocasts, register_shapes, runs_fused, transformed
 from .loss_table import loss_table
 from .reference_mlp import ACTIVATIONS, Hidden
 
@@ -107,8 +107,8 @@ def multi_head_mlp_split(
 
 def register() -> None:
     """Registers shapes, derivatives and autocast for direct calls of the ops, torch.compile and export."""
-    LIBRARY.impl("multi_head_mlp", _meta_forward, "Meta")
-    LIBRARY.impl("multi_head_mlp_backward", _meta_backward, "Meta")
+    register_shapes("multi_head_mlp", _meta_forward)
+    register_shapes("multi_head_mlp_backward", _meta_backward)
     torch.library.register_autograd(NAME, _backward_of_op, setup_context=_save_for_op)
     for key in ("AutocastCPU", "AutocastCUDA"):
         LIBRARY.impl("multi_head_mlp", _autocast(key), key)

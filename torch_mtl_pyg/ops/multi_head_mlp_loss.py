@@ -22,7 +22,7 @@ from ..task import TaskLayout
 from . import reference_mlp
 from ._aggregate import again, differentiable
 from ._checks import check_route_values, check_same
-from ._dispatch import LIBRARY, autocast_to, transformed
+from ._dispatch import LIBRARY, autocast_to, register_shapes, transformed
 from .loss_table import loss_table, total_weight
 from .multi_head_loss import Labels, Losses, targets_of, task_weights
 from .multi_head_mlp import any_needed, packed, prepare, recorded, split_parameters
@@ -111,7 +111,7 @@ def multi_head_mlp_loss(
 
 def register() -> None:
     """Registers shapes, derivatives and autocast for direct calls of the op, torch.compile and export."""
-    LIBRARY.impl("multi_head_mlp_loss", _meta, "Meta")
+    register_shapes("multi_head_mlp_loss", _meta)
     torch.library.register_autograd(NAME, _backward_of_op, setup_context=_save_for_op)
     for key in ("AutocastCPU", "AutocastCUDA"):
         LIBRARY.impl("multi_head_mlp_loss", _autocast(key), key)
