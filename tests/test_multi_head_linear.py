@@ -409,6 +409,7 @@ BAD: list[tuple[str, type[Exception], str, Any]] = [
     ("x int64", TypeError, r"x: expected one of the dtypes .*, got int64", lambda x, w, b: (x.long(), w, b)),
     ("x complex", TypeError, r"x: .*got complex64", lambda x, w, b: (x.cfloat(), w, b)),
     ("x sparse", TypeError, r"x: expected a dense", lambda x, w, b: (x.to_sparse(), w, b)),
+    ("x nested", TypeError, r"x: expected a dense", lambda x, w, b: (torch.nested.nested_tensor([x, x]), w, b)),
     ("weight 1-D", ValueError, r"weight: expected shape \[K, D\], got \[4\]", lambda x, w, b: (x, w[0], b)),
     ("weight dtype", TypeError, r"x: expected the dtype of weight, torch.float64", lambda x, w, b: (x, w.double(), b)),
     ("bias dtype", TypeError, r"bias: expected the dtype of weight, torch.float32, got torch.float16",
@@ -421,6 +422,7 @@ BAD: list[tuple[str, type[Exception], str, Any]] = [
 ]  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 @pytest.mark.parametrize(("error", "message", "change"), [b[1:] for b in BAD], ids=[b[0] for b in BAD])
 def test_bad_input(any_backend: str, error: type[Exception], message: str, change: Any) -> None:
     with pytest.raises(error, match=message):

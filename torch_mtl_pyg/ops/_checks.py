@@ -30,6 +30,8 @@ def check_floating(
         raise TypeError(f"{name}: expected a tensor {_shape(shape, like, like_dim)}, got {type(value).__name__}.")
     if value.layout is not torch.strided:
         raise TypeError(f"{name}: expected a dense (strided) tensor, got layout {value.layout}.")
+    if value.is_nested:
+        raise TypeError(f"{name}: expected a dense (strided) tensor, got a nested one.")
     if value.dtype not in DTYPES:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in sorted(DTYPES, key=str))
         raise TypeError(f"{name}: expected one of the dtypes {names}, got {str(value.dtype).removeprefix('torch.')}.")
