@@ -23,6 +23,7 @@ CALLS: dict[str, tuple[Any, ...]] = {
     "grouped_linear": ([X, X], [W, W], None),
     "grouped_linear_backward": (torch.ones(6, 5), [X, X], [W, W], [True, True], [True, True], True),
     "aggregate": (X, PTR, INDEX, None, None, None, 0),
+    "aggregate_linear": (X, PTR, INDEX, None, None, [W], X, [W], torch.ones(5), 0, False, False),
     "edge_dots": (X, X, PTR, INDEX, None, 0),
     "group_edges": (INDEX, INDEX, 3, 3),
 }
@@ -31,6 +32,7 @@ MAKES_RESULTS = {
     "multi_head_linear": 0,
     "multi_head_linear_backward": 1,
     "aggregate": 0,
+    "aggregate_linear": 0,
     "edge_dots": 1,
     "group_edges": 0,
 }
