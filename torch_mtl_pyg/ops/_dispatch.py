@@ -131,6 +131,27 @@ def prepare(x: Tensor, weight: Tensor, bias: Tensor | None, op: str) -> tuple[Te
     return x, weight, bias, runs_fused(device, op) and not transformed()
 
 
+def is_plain_call(x: Any, op: str) -> bool:
+    """Whether the compiled op can be called at once: nothing is traced, cast or transformed around the call.
+
+    Such a call leaves the checks to the op, and only when that raises are the arguments looked at, by `prepare`.
+    """
+    if torch.compiler.is_compiling() or not isinstance(x, Tensor):
+        return False
+    device = "cpu" if x.is_cpu else "cuda" if x.is_cuda else ""
+    return (
+        device != ""
+        and x.layout is torch.strided
+        and not torch.is_autocast_enabled(device)
+        and runs_fused(device, op)
+        and not transformed()
+    )
+
+
+# What a compiled op, or Python on the way to it, raises at an argument that it refuses.
+REFUSALS = (RuntimeError, TypeError, ValueError, AttributeError)
+
+
 def transformed() -> bool:
     """Whether values are more than values: in a transform of torch.func, or with forward-mode tangents."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0

@@ -27,7 +27,17 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._dispatch import LIBRARY, autocast_to, is_batched, prepare, records, register_shapes, transformed
+from ._dispatch import (
+    LIBRARY,
+    REFUSALS,
+    autocast_to,
+    is_batched,
+    is_plain_call,
+    prepare,
+    records,
+    register_shapes,
+    transformed,
+)
 
 _NAME = "torch_mtl_pyg::multi_head_linear"
 _Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -53,6 +63,12 @@ def multi_head_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
         ValueError: Shapes or devices do not fit.
         RuntimeError: The backend is ``"fused"``, and it cannot run here.
     """
+    if is_plain_call(x, "multi_head_linear"):
+        try:
+            return _linear(x, weight, bias, True)
+        except REFUSALS:
+            prepare(x, weight, bias, "multi_head_linear")  # finds the argument that the op refused
+            raise
     return _linear(*prepare(x, weight, bias, "multi_head_linear"))
 
 
@@ -75,10 +91,15 @@ def multi_head_linear_split(
     Raises:
         TypeError, ValueError, RuntimeError: As :func:`multi_head_linear`.
     """
+    if is_plain_call(x, "multi_head_linear"):
+        try:
+            return _split(x, weight, bias, widths)
+        except REFUSALS:
+            prepare(x, weight, bias, "multi_head_linear")  # finds the argument that the op refused
+            raise
     x, weight, bias, fused = prepare(x, weight, bias, "multi_head_linear")
-    if fused and records(x, weight, bias) and not torch.compiler.is_compiling():
-        outputs: tuple[Tensor, ...] = _MultiHeadLinearSplit.apply(widths, x, weight, bias)  # type: ignore[no-untyped-call]
-        return outputs
+    if fused and not torch.compiler.is_compiling():
+        return _split(x, weight, bias, widths)
     return torch.split_with_sizes(_linear(x, weight, bias, fused), widths, 1)
 
 
@@ -113,6 +134,13 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, fused: bool) -> Tens
         result = _MultiHeadLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
         return result
     return _forward(x, weight, bias)
+
+
+def _split(x: Tensor, weight: Tensor, bias: Tensor | None, widths: tuple[int, ...]) -> tuple[Tensor, ...]:
+    if records(x, weight, bias):
+        outputs: tuple[Tensor, ...] = _MultiHeadLinearSplit.apply(widths, x, weight, bias)  # type: ignore[no-untyped-call]
+        return outputs
+    return torch.split_with_sizes(_forward(x, weight, bias), widths, 1)
 
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

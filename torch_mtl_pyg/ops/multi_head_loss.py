@@ -38,7 +38,17 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from ..labels import check_values, split_labels
 from ..task import TaskLayout
 from . import reference
-from ._dispatch import LIBRARY, autocast_to, is_batched, prepare, records, register_shapes, runs_fused, transformed
+from ._dispatch import (
+    LIBRARY,
+    REFUSALS,
+    autocast_to,
+    is_batched,
+    is_plain_call,
+    prepare,
+    records,
+    register_shapes,
+    transformed,
+)
 from .loss_table import LossTable, loss_table, total_weight
 
 _NAME = "torch_mtl_pyg::multi_head_loss"
@@ -75,7 +85,7 @@ def multi_head_loss(
             also an IndexError).
         RuntimeError: The backend is ``"fused"``, and it cannot run here.
     """
-    if not _is_plain_call(x, weight, bias):
+    if not is_plain_call(x, "multi_head_loss"):
         x, weight, bias, fused = prepare(x, weight, bias, "multi_head_loss")
         if not fused:
             return _reference(x, weight, bias, y, layout, gramian, outside)
@@ -93,7 +103,7 @@ def multi_head_loss(
             return per_task, total, others[0], others[1] if gramian else None
         table = loss_table(layout, bool(outside))
         results = _forward(x, weight, bias, [*targets, *outside], table, table.weight, _NOTHING, gramian)
-    except (RuntimeError, TypeError, ValueError, AttributeError):
+    except REFUSALS:
         # The op checks everything, and here the argument is found that it refused.
         prepare(x, weight, bias, "multi_head_loss")
         _explain(y, layout, x)
@@ -104,45 +114,37 @@ def multi_head_loss(
 
 def register() -> None:
     """Registers shapes, derivatives and autocast for direct calls of the op, torch.compile and export."""
-    global _op
+    global _op, _scale_op
     _op = torch.ops.torch_mtl_pyg.multi_head_loss.default
+    _scale_op = torch.ops.torch_mtl_pyg.scale_gradients.default
     register_shapes("multi_head_loss", _meta)
     torch.library.register_autograd(_NAME, _backward_of_op, setup_context=_save_for_op)
     for key in ("AutocastCPU", "AutocastCUDA"):
         LIBRARY.impl("multi_head_loss", _autocast(key), key)
 
 
-# The loaded op, looked up once.
+# The loaded ops, looked up once.
 _op: Any = None
-
-
-def _is_plain_call(x: Any, weight: Any, bias: Any) -> bool:
-    """Whether the op can be called at once: compiled, and with nothing around the call."""
-    if torch.compiler.is_compiling() or not isinstance(x, Tensor):
-        return False
-    device = "cpu" if x.is_cpu else "cuda" if x.is_cuda else ""
-    return (
-        device != ""
-        and x.layout is torch.strided
-        and not torch.is_autocast_enabled(device)
-        and runs_fused(device, "multi_head_loss")
-        and not transformed()
-    )
+_scale_op: Any = None
 
 
 # ---- Labels.
 
 
 def targets_of(y: Labels, layout: TaskLayout, x: Tensor) -> list[Tensor]:
-    """Labels as the op takes them: one matrix, or one tensor per task. The op itself checks shapes, dtypes, values."""
+    """Labels as the op takes them: one matrix, or one tensor per task. The op checks shapes, dtypes, devices, values."""
     if isinstance(y, Tensor):
         if len(layout.names) > 1 and y.device == x.device and not y.requires_grad:
             return [y]
     elif type(y) is dict and len(y) == len(layout.names):
-        parts = [y.get(name) for name in layout.names]
-        device = x.device
-        if all(part is not None and part.device == device and not part.requires_grad for part in parts):
-            return parts  # type: ignore[return-value]
+        targets = []
+        for name in layout.names:
+            part = y.get(name)
+            if part is None or part.requires_grad:
+                break
+            targets.append(part)
+        else:
+            return targets
     return filled(split_labels(y, layout, x), x)
 
 
@@ -210,29 +212,23 @@ class _MultiHeadLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, of_per_task: Tensor | None, of_total: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, weight, bias, *targets = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
         if of_per_task is None and of_total is None:
             return (None,) * 8
+        x, weight, bias, *targets = ctx.saved_tensors  # always, so that changes in place are noticed
         if torch.is_grad_enabled() or transformed() or _any_batched(of_per_task, of_total):
             return *_plain_gradients(x, weight, bias, targets, ctx.layout, of_per_task, of_total, needs), *_REST
-        table = loss_table(ctx.layout)
         # Given away once: what autograd does with them afterwards, such as adding to them, must not come back.
         ready, ctx.ready = ctx.ready, None
-        if ready is not None and x.is_cuda:
-            # The host does not wait for the factor: the device scales, or the gradients are computed for the weights.
-            if of_per_task is None:
-                with torch._C._AutoDispatchBelowAutograd():
-                    torch.ops.torch_mtl_pyg.scale_gradients(ready, of_total)
-                return *(g if need else None for g, need in zip(ready, needs, strict=True)), *_REST
-        elif ready is not None:
-            factor = of_total if of_per_task is None else _common_factor(of_per_task, of_total, table.weight)
-            if of_per_task is not None and factor is not None and x.itemsize == 2 and not _is_power_of_two(factor):
-                factor = None  # the gradients would be rounded to 16 bits once more
-            if factor is not None:
-                number = factor.item()
-                if number != 1.0:
-                    ready = [g * number if need else g for g, need in zip(ready, needs, strict=True)]
+        if ready is not None and of_per_task is None:
+            scale_by(ready, of_total)
+            return *(g if need else None for g, need in zip(ready, needs, strict=True)), *_REST
+        table = loss_table(ctx.layout)
+        if ready is not None and not x.is_cuda:  # where no host would wait for the numbers
+            factor = _common_factor(of_per_task, of_total, table.weight)
+            # Not in 16 bits, to which the gradients would be rounded once more.
+            if factor is not None and (x.itemsize > 2 or _is_power_of_two(factor)):
+                scale_by(ready, factor)
                 return *(g if need else None for g, need in zip(ready, needs, strict=True)), *_REST
         v = task_weights(of_per_task, of_total, table.weight_on(x.device))
         # The saved tensors are what the forward has made of the arguments.
@@ -247,6 +243,18 @@ _REST = (None,) * 5
 
 def _any_batched(*grads: Tensor | None) -> bool:
     return any(g is not None and is_batched(g) for g in grads)
+
+
+def scale_by(grads: list[Tensor], factor: Tensor) -> None:
+    """Multiplies gradients that nobody else has, in place. On a GPU no host waits for the factor."""
+    if factor.is_cuda:
+        with torch._C._AutoDispatchBelowAutograd():
+            _scale_op(grads, factor)
+        return
+    number = factor.item()
+    if number != 1.0:
+        for g in grads:
+            g *= number
 
 
 def task_weights(of_per_task: Tensor | None, of_total: Tensor | None, weight: Tensor) -> Tensor:

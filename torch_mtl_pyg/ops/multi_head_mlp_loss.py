@@ -22,9 +22,9 @@ from ..task import TaskLayout
 from . import reference_mlp
 from ._aggregate import again, differentiable
 from ._checks import check_route_values, check_same
-from ._dispatch import LIBRARY, autocast_to, register_shapes, transformed
+from ._dispatch import LIBRARY, REFUSALS, autocast_to, register_shapes, transformed
 from .loss_table import loss_table, total_weight
-from .multi_head_loss import Labels, Losses, targets_of, task_weights
+from .multi_head_loss import Labels, Losses, scale_by, targets_of, task_weights
 from .multi_head_mlp import any_needed, packed, prepare, recorded, split_parameters
 from .reference_mlp import Hidden
 
@@ -70,10 +70,10 @@ def multi_head_mlp_loss(
         return _reference(x, weights, biases, parts, layout, hidden, route, gramian, outside)  # type: ignore[arg-type]
     if torch.compiler.is_compiling() and route is None:
         split_labels(y, layout, x)  # there the op cannot explain what it refuses
-    targets: list[Tensor] = [y] if route is not None else targets_of(y, layout, x)  # type: ignore[list-item]
-    if torch.compiler.is_compiling() or x.device.type != "cpu":
+    if torch.compiler.is_compiling() or x.device.type not in ("cpu", "cuda"):
         ready = recorded(x, weights, biases) and not gramian and x.dtype != torch.float16
         table = loss_table(layout, bool(outside))
+        targets = _targets(y, layout, x, route)
         results = torch.ops.torch_mtl_pyg.multi_head_mlp_loss(
             *packed(x, weights, biases, hidden, route, table.integers),
             [*targets, *outside],
@@ -84,6 +84,7 @@ def multi_head_mlp_loss(
         )
         return results[0], results[1], results[2], results[3] if gramian else None
     try:
+        targets = _targets(y, layout, x, route)
         if recorded(x, weights, biases):
             others: list[Tensor] = []  # each output of a Function costs microseconds
             per_task, total = _MultiHeadMLPLoss.apply(  # type: ignore[no-untyped-call]
@@ -103,7 +104,7 @@ def multi_head_mlp_loss(
             (False, False),
             gramian,
         )
-    except RuntimeError:
+    except REFUSALS:
         _explain([y] if route is not None else split_labels(y, layout, x), layout, route)  # type: ignore[list-item]
         raise
     return results[0], results[1], results[2], results[3] if gramian else None
@@ -118,6 +119,10 @@ def register() -> None:
 
 
 # ---- Labels.
+
+
+def _targets(y: Labels, layout: TaskLayout, x: Tensor, route: Tensor | None) -> list[Tensor]:
+    return targets_of(y, layout, x) if route is None else [y]  # type: ignore[list-item]
 
 
 def check_routed_labels(y: object, x: Tensor, layout: TaskLayout) -> None:
@@ -260,13 +265,12 @@ class _MultiHeadMLPLoss(torch.autograd.Function):
             dx, *others = again(run_again, (x, *parameters), (need_x, *need), v)
             return *(None,) * 7, dx, None, *others
         ready, ctx.ready = ctx.ready, None  # given away once: what is done with them must not come back
-        factor = of_total if of_per_task is None else None
-        if ready is not None and factor is not None:
-            number = factor.item()
-            dx, flat = ready if number == 1.0 else (g * number for g in ready)
+        if ready is not None and of_per_task is None:
+            scale_by(ready, of_total)
+            dx, flat = ready
         else:
-            v = task_weights(of_per_task, of_total, loss_table(layout).weight)
-            with torch.autocast("cpu", enabled=False):
+            v = task_weights(of_per_task, of_total, loss_table(layout).weight_on(x.device))
+            with torch.autocast(x.device.type, enabled=False):
                 dx, flat = _forward(
                     x, weights, biases, layout, ctx.hidden, route, targets, False, v, (need_x, any(need)), False
                 )[4:]
