@@ -87,3 +87,16 @@ def test_classes_beyond_what_float32_can_count(fused: None) -> None:
         y[0, 0] = value
         with pytest.raises(LabelError, match="wide"):
             heads.loss(torch.ones(n, 1), y)
+
+
+@pytest.mark.parametrize("routed", (False, True))
+def test_integer_classes_beyond_what_float32_can_count(fused: None, routed: bool) -> None:
+    """They would be rounded to their neighbours on the way."""
+    heads = mtl.MultiTaskHeads(1, {"wide": mtl.Task(2**24 + 2, loss="cross_entropy")})
+    labels, rows = torch.tensor([2**24 + 1]), torch.zeros(1, dtype=torch.int64)
+    with pytest.raises(RuntimeError, match=r"expected at most 16777217 classes .* got 16777218 for task 0"):
+        heads.loss(torch.ones(1, 1), labels if routed else {"wide": labels}, rows if routed else None)
+    if not routed:
+        exact = heads.double().loss(torch.ones(1, 1).double(), {"wide": labels}).total
+        logits = (heads.weight + heads.bias.unsqueeze(1)).t()
+        torch.testing.assert_close(exact, torch.nn.functional.cross_entropy(logits, labels))

@@ -36,6 +36,7 @@ struct Tasks {
       }
       find_missing(task);
     }
+    check_classes(x);
   }
   // Each row has labels of one task: y is [N] or [N, W], of which a task reads the first columns. Whether there are
   // enough of them is to be checked for the tasks that occur.
@@ -50,6 +51,7 @@ struct Tasks {
                      label_columns(task)};
       find_missing(task);
     }
+    check_classes(x);
   }
   // Widths alone.
   explicit Tasks(const Tensor& integers) { read_specs(integers, nullptr); }
@@ -106,6 +108,20 @@ struct Tasks {
       if (own)
         for (int64_t c = 0; c < task.width; ++c) task.numbers_sum += own[c];
       k += task.width;
+    }
+  }
+  // Kernels keep a class in the type of sums, and float32 cannot tell all of those beyond 2^24 apart.
+  void check_classes(const Tensor& x) const {
+    const bool wide = x.scalar_type() == ScalarType::Double;
+    for (const TaskSpec& task : specs) {
+      if (task.loss != Loss::kCrossEntropy) continue;
+      const LabelType type = task.labels.type;
+      const bool exact = wide || !task.labels.data ||
+                         !(type == LabelType::kInt64 || type == LabelType::kInt32 || type == LabelType::kFloat64);
+      const int64_t most = exact ? INT32_MAX : (int64_t(1) << 24) + 1;
+      STD_TORCH_CHECK(task.width <= most, "targets: expected at most ", most, " classes",
+                      exact ? "" : " of labels of this dtype for an embedding that is not float64", ", got ",
+                      task.width, " for task ", &task - specs.data());
     }
   }
   static void find_missing(TaskSpec& task) {
