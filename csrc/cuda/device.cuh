@@ -38,6 +38,8 @@ struct Tf32 {};
 
 #ifdef __CUDACC__
 
+// Of a parameter: its address can be taken, without a copy in every thread.
+#define MTL_GRID_CONSTANT __grid_constant__
 // Dynamic shared memory of the kernel as an array of T.
 #define MTL_DYNAMIC_SHARED(T, name)                              \
   extern __shared__ __align__(16) unsigned char name##_memory[]; \

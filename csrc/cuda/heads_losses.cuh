@@ -22,7 +22,7 @@ struct HeadsLossJob {
 
 // blockIdx.x: 256 rows, or a piece; blockIdx.y: tasks, in steps.
 template <class Sum>
-__global__ void __launch_bounds__(kThreads, 2) heads_loss_kernel(HeadsLossJob<Sum> job) {
+__global__ void __launch_bounds__(kThreads, sizeof(Sum) == 8 ? 2 : 3) heads_loss_kernel(HeadsLossJob<Sum> job) {
   __shared__ double places[kWarps];
   constexpr int64_t kNarrow = 32;
   const bool routed = job.chunk.routed();
@@ -35,9 +35,9 @@ __global__ void __launch_bounds__(kThreads, 2) heads_loss_kernel(HeadsLossJob<Su
     double sum = 0;
     const auto one = [&](int r, auto lanes) {
       constexpr int kLanes = decltype(lanes)::value;
-      sum += row_loss<Sum, kLanes>(task, job.reals, job.z + (at.scratch + r) * job.z_row + column, 1,
-                                   job.labels + label_row * job.n + at.source + r, job.n, scale, job.gradient,
-                                   kLanes > 1 ? lane : 0);
+      sum += row_loss<Sum, kLanes, false>(task, job.reals, job.z + (at.scratch + r) * job.z_row + column, 1,
+                                          job.labels + label_row * job.n + at.source + r, job.n, scale, job.gradient,
+                                          kLanes > 1 ? lane : 0);
     };
     if (task.width <= kNarrow) {
       if (thread < at.rows) one(thread, Lanes<1>{});

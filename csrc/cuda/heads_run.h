@@ -297,7 +297,7 @@ void HeadsRun<Engine>::read_labels() {
                  labels));
     if (kEmulated && *label_job.wrong) refuse_label(specs[*label_job.wrong - 1], *label_job.wrong - 1, n);
     check(
-        launch(finish_labels_kernel<Sum>, dim3(across(count)), threads, 0, stream, label_job, v, number, norm, scale));
+        finish_labels<Sum>({tasks, v, label_job.counts, label_job.norms, count, blocks, number, norm}, scale, stream));
     return;
   }
   routed_label_job = {

@@ -97,7 +97,7 @@ struct LabelJob {
 
 // blockIdx.x: rows; blockIdx.y: tasks, in steps.
 template <class T>
-__global__ void __launch_bounds__(kThreads) labels_kernel(LabelJob job, T* numbers) {
+__device__ void read_labels(const LabelJob& job, T* numbers) {
   __shared__ long long count_places[kWarps];
   __shared__ double norm_places[kWarps];
   const int64_t begin = static_cast<int64_t>(blockIdx.x) * kLabelRows + threadIdx.x;
@@ -137,30 +137,69 @@ __global__ void __launch_bounds__(kThreads) labels_kernel(LabelJob job, T* numbe
     }
   }
 }
-
-// What a task's losses are divided by, and the factor of its gradients. A block a task.
+template <class T>
+__global__ void __launch_bounds__(kThreads) labels_kernel(LabelJob job, T* numbers) {
+  read_labels(job, numbers);
+}
+// With what the host sends, of which `job` names the places in `to`: read from the parameters here, and left in `to`
+// for the kernels behind.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    finish_labels_kernel(LabelJob job, const double* weight, long long* count_out, double* norm_out, T* scale) {
-  __shared__ long long count_places[kWarps];
-  __shared__ double norm_places[kWarps];
-  for (int64_t t = blockIdx.x; t < job.task_count; t += gridDim.x) {
-    const DeviceTask& task = job.tasks[t];
-    long long count = 0;
-    double norm = 0;
-    for (int64_t b = threadIdx.x; b < job.blocks; b += kThreads) {
-      count += job.counts[t * job.blocks + b];
-      norm += job.norms[t * job.blocks + b];
-    }
-    count = block_sum(count, count_places);
-    norm = block_sum(norm, norm_places);
-    if (threadIdx.x == 0) {
-      if (task.loss != Loss::kCrossEntropy || task.numbers < 0) norm = static_cast<double>(count);
-      count_out[t] = count;
-      norm_out[t] = norm;
-      scale[t] = static_cast<T>(task.loss == Loss::kOutside ? 1.0 : norm > 0 ? (weight ? weight[t] : 1.0) / norm : 0.0);
-    }
+    sent_labels_kernel(const MTL_GRID_CONSTANT Upload from, int words, uint64_t* to, LabelJob job, T* numbers) {
+  if (blockIdx.x == 0 && blockIdx.y == 0)
+    for (int i = static_cast<int>(threadIdx.x); i < words; i += kThreads) to[i] = from.words[i];
+  const auto sent = [&](const void* place) {
+    return reinterpret_cast<const char*>(from.words) +
+           (static_cast<const char*>(place) - reinterpret_cast<const char*>(to));
+  };
+  job.tasks = reinterpret_cast<const DeviceTask*>(sent(job.tasks));
+  job.reals = reinterpret_cast<const double*>(sent(job.reals));
+  read_labels(job, numbers);
+}
+
+// What the losses of a task are divided by, from the parts of the blocks of LabelJob.
+struct NormJob {
+  const DeviceTask* tasks;
+  const double* weight;  // of the tasks, or null
+  const long long* counts;
+  const double* norms;
+  int64_t task_count, blocks;
+  long long* count_out;
+  double* norm_out;
+};
+// Returns the factor of the gradients of task t: by a warp. `write`: the counts and norms of the call too.
+template <class T>
+__device__ T scale_of(const NormJob& job, int64_t t, bool write) {
+  const DeviceTask& task = job.tasks[t];
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const bool weighted = task.loss == Loss::kCrossEntropy && task.numbers >= 0;
+  long long count = 0;
+  double norm = 0;
+#pragma unroll 4
+  for (int64_t b = lane; b < job.blocks; b += 32) count += job.counts[t * job.blocks + b];
+  if (weighted)
+    for (int64_t b = lane; b < job.blocks; b += 32) norm += job.norms[t * job.blocks + b];
+  count = lanes_sum<32>(count);
+  norm = weighted ? lanes_sum<32>(norm) : static_cast<double>(count);
+  if (write && lane == 0) {
+    job.count_out[t] = count;
+    job.norm_out[t] = norm;
   }
+  return static_cast<T>(task.loss == Loss::kOutside ? 1.0 : norm > 0 ? (job.weight ? job.weight[t] : 1.0) / norm : 0.0);
+}
+template <class T>
+__global__ void __launch_bounds__(kThreads) finish_labels_kernel(NormJob job, T* scale) {
+  const int64_t step = static_cast<int64_t>(gridDim.x) * kWarps;
+  for (int64_t t = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32; t < job.task_count; t += step) {
+    const T own = scale_of<T>(job, t, true);
+    if (threadIdx.x % 32 == 0) scale[t] = own;
+  }
+}
+template <class T>
+cudaError_t finish_labels(const NormJob& job, T* scale, cudaStream_t stream) {
+  const int64_t blocks = (job.task_count + kWarps - 1) / kWarps;
+  return launch(finish_labels_kernel<T>, dim3(static_cast<unsigned>(blocks < 65535 ? blocks : 65535)), dim3(kThreads),
+                0, stream, job, scale);
 }
 
 // Losses of the tasks and their weighted sum, from the parts of the blocks: a warp a task, then a block for the sum.

@@ -3,6 +3,8 @@
 // that, in global memory itself.
 #pragma once
 
+#include <algorithm>
+
 #include "loss_kernels.cuh"
 
 namespace mtl::cuda {
@@ -17,66 +19,142 @@ struct LogitsJob {
   bool keep;  // the gradients as sums too, in the place of the logits
 };
 
-// The losses of one task for `rows` rows, by one warp; a row has kLanes lanes. Returns this lane's part.
+// The loss of one row, with logits z, of task t. Returns this lane's part of it.
 template <int kLanes, class Element, class Sum>
-__device__ Sum rows_losses(const LogitsJob<Element, Sum>& job, const DeviceTask& task, int64_t t, int64_t row, int rows,
-                           Sum* z, int64_t z_row) {
+__device__ Sum one_row(const LogitsJob<Element, Sum>& job, int64_t t, int64_t row, Sum* z, int lane) {
+  const DeviceTask& task = job.loss.tasks[t];
+  return row_loss<Sum, kLanes, sizeof(Element) == 2>(task, job.loss.reals, z + task.begin, 1,
+                                                     job.loss.labels + task.label_row * job.loss.label_step + row,
+                                                     job.loss.label_step, job.loss.scale[t], job.gradient, lane);
+}
+// Those of `rows` rows, by one warp; a row has kLanes lanes.
+template <int kLanes, class Element, class Sum>
+__device__ Sum rows_losses(const LogitsJob<Element, Sum>& job, int64_t t, int64_t row, int rows, Sum* z,
+                           int64_t z_row) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   Sum sum = Sum(0);
   for (int r = lane / kLanes; r < rows; r += 32 / kLanes) {
-    sum += row_loss<Sum, kLanes>(task, job.loss.reals, z + r * z_row + task.begin, 1,
-                                 job.loss.labels + task.label_row * job.loss.label_step + row + r, job.loss.label_step,
-                                 job.loss.scale[t], job.gradient, lane % kLanes);
-    // A lane may have written what another one reads: mean and variance.
-    if constexpr (kLanes > 1) __syncwarp(lanes_mask<kLanes>());
+    sum += one_row<kLanes>(job, t, row + r, z + r * z_row, lane % kLanes);
+    __syncwarp(lanes_mask<kLanes>());  // a lane may have written what another one reads: mean and variance
   }
   return sum;
 }
 
+// How a tile lies in shared memory: losses [tasks], the bias [k], the sums of gradients [groups, k], then its rows.
+// They begin in different banks where a lane has a row, and eight banks apart where eight lanes have one.
+constexpr int kNarrowTask = 32;  // columns at most of a task of which a lane has a row
 struct LogitTile {
-  int rows, row;  // `row` numbers from one row to the next: odd, so that they begin in different banks
+  int rows, row, groups;  // of threads: each has every groups-th row, and a thread some columns of those
   size_t shared;
 };
+template <class Sum>
+LogitTile logit_tile(int rows, int64_t task_count, int64_t k, bool narrow, int at_once) {
+  const auto width = static_cast<int>(k);
+  const int pieces = width / at_once, groups = pieces < kThreads ? std::min(kThreads / pieces, rows) : 1;
+  const int row = narrow ? width | 1 : (width + 23) / 32 * 32 + 8;
+  const size_t numbers = round_up(width, 4) + round_up(groups * width, 4) + static_cast<size_t>(rows) * row;
+  return {rows, row, groups, (task_count + 1) / 2 * 2 * sizeof(double) + numbers * sizeof(Sum)};
+}
 
+// The losses of a tile of tile_rows rows, 32 or 8: a lane has a row of a narrow task, eight lanes one of a wide task.
 template <class Element, class Sum>
-__global__ void __launch_bounds__(kThreads, 2) logit_tiles_kernel(LogitsJob<Element, Sum> job, LogitTile tile) {
+__device__ void logit_tile_losses(const LogitsJob<Element, Sum>& job, int64_t row, int tile_rows, int rows, Sum* z,
+                                  int z_row, double* losses) {
+  const int tasks = static_cast<int>(job.loss.task_count), lane = static_cast<int>(threadIdx.x) % 32;
+  const int at_once = 32 / tile_rows, r = lane % tile_rows;
+  for (int first = static_cast<int>(threadIdx.x) / 32 * at_once; first < tasks; first += kWarps * at_once) {
+    const int t = first + lane / tile_rows;
+    const bool narrow = t < tasks && job.loss.tasks[t].width <= kNarrowTask;
+    double sum = 0;
+    if (narrow && r < rows) sum = static_cast<double>(one_row<1>(job, t, row + r, z + r * z_row, 0));
+    for (int offset = tile_rows / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+    if (narrow && r == 0) losses[t] += sum;
+  }
+  for (int t = static_cast<int>(threadIdx.x) / 32; t < tasks; t += kWarps) {
+    if (job.loss.tasks[t].width <= kNarrowTask) continue;
+    const double sum = lanes_sum<32>(static_cast<double>(rows_losses<8>(job, t, row, rows, z, z_row)));
+    if (lane == 0) losses[t] += sum;
+  }
+}
+
+// A thread reads and writes kAtOnce columns together: 1, 2, or the 4 that rows at multiples of four numbers allow.
+template <class Element, class Sum, int kAtOnce>
+__global__ void __launch_bounds__(kThreads, sizeof(Sum) == 8 ? 2 : 3)
+    logit_tiles_kernel(LogitsJob<Element, Sum> job, LogitTile tile) {
   MTL_DYNAMIC_SHARED(double, losses);
-  Sum* const z = reinterpret_cast<Sum*>(losses + job.loss.task_count);
-  const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, k = static_cast<int>(job.k);
-  for (int64_t t = thread; t < job.loss.task_count; t += kThreads) losses[t] = 0;
+  struct alignas(sizeof(Sum) * kAtOnce < 16 ? sizeof(Sum) * kAtOnce : 16) Sums {
+    Sum v[kAtOnce];
+  };
+  struct alignas(sizeof(Element) * kAtOnce < 16 ? sizeof(Element) * kAtOnce : 16) Elements {
+    Element v[kAtOnce];
+  };
+  const int thread = static_cast<int>(threadIdx.x), k = static_cast<int>(job.k), pieces = k / kAtOnce;
+  Sum* const bias = reinterpret_cast<Sum*>(losses + round_up(static_cast<int>(job.loss.task_count), 2));
+  Sum* const sums = bias + round_up(k, 4);
+  Sum* const z = sums + round_up(tile.groups * k, 4);
+  for (int t = thread; t < job.loss.task_count; t += kThreads) losses[t] = 0;
+  for (int c = thread; c < k; c += kThreads)
+    bias[c] = job.add_bias && job.loss.bias ? converted<Sum>(job.loss.bias[c * job.loss.bias_stride]) : Sum(0);
+  for (int i = thread; i < tile.groups * k; i += kThreads) sums[i] = Sum(0);
+  const int group = tile.groups > 1 ? thread / pieces : 0,
+            column = (tile.groups > 1 ? thread % pieces : thread) * kAtOnce;
+  const auto at = [&](int r, int c) { return z + r * tile.row + c; };
   const int64_t tiles = (job.n + tile.rows - 1) / tile.rows;
   for (int64_t i = blockIdx.x; i < tiles; i += gridDim.x) {
     const int64_t row = i * tile.rows;
     const int rows = job.n - row < tile.rows ? static_cast<int>(job.n - row) : tile.rows;
+    Sum* const own = job.z + row * k;
     __syncthreads();
+    for (int c = column; group < tile.groups && c < k; c += kThreads * kAtOnce) {
 #pragma unroll 4
-    for (int at = thread; at < rows * k; at += kThreads) {
-      const int r = at / k, c = at % k;
-      Sum v = job.z[row * k + at];
-      if (job.add_bias && job.loss.bias) v += converted<Sum>(job.loss.bias[c * job.loss.bias_stride]);
-      z[r * tile.row + c] = v;
+      for (int r = group; r < rows; r += tile.groups) {
+        Sums piece = *reinterpret_cast<const Sums*>(own + r * k + c);
+#pragma unroll
+        for (int q = 0; q < kAtOnce; ++q) piece.v[q] += bias[c + q];
+        if constexpr (kAtOnce == 4)
+          *reinterpret_cast<Sums*>(at(r, c)) = piece;
+        else
+          for (int q = 0; q < kAtOnce; ++q) at(r, c)[q] = piece.v[q];
+      }
     }
     __syncthreads();
-    for (int64_t t = warp; t < job.loss.task_count; t += kWarps) {
-      const DeviceTask& task = job.loss.tasks[t];
-      const Sum sum = task.width <= 32 && tile.rows == 32 ? rows_losses<1>(job, task, t, row, rows, z, tile.row)
-                                                          : rows_losses<8>(job, task, t, row, rows, z, tile.row);
-      const double all = lanes_sum<32>(static_cast<double>(sum));
-      if (thread % 32 == 0) losses[t] += all;
-    }
+    logit_tile_losses(job, row, tile.rows, rows, z, tile.row, losses);
     if (!job.gradient) continue;
     __syncthreads();
+    for (int c = column; group < tile.groups && c < k; c += kThreads * kAtOnce) {
+      Sum* const sum = sums + group * k + c;
+      Sum total[kAtOnce];
+#pragma unroll
+      for (int q = 0; q < kAtOnce; ++q) total[q] = sum[q];
 #pragma unroll 4
-    for (int at = thread; at < rows * k; at += kThreads) {
-      const Sum v = z[at / k * tile.row + at % k];
-      if (job.keep) job.z[row * k + at] = v;
-      if constexpr (sizeof(Element) != sizeof(Sum))
-        if (job.g) job.g[row * k + at] = from_float<Element>(v);
+      for (int r = group; r < rows; r += tile.groups) {
+        Sums piece;
+        if constexpr (kAtOnce == 4)
+          piece = *reinterpret_cast<const Sums*>(at(r, c));
+        else
+          for (int q = 0; q < kAtOnce; ++q) piece.v[q] = at(r, c)[q];
+        Elements element;
+#pragma unroll
+        for (int q = 0; q < kAtOnce; ++q) {
+          total[q] += piece.v[q];
+          element.v[q] = converted<Element>(piece.v[q]);
+        }
+        if (job.keep) *reinterpret_cast<Sums*>(own + r * k + c) = piece;
+        if (job.g) *reinterpret_cast<Elements*>(job.g + row * k + r * k + c) = element;
+      }
+#pragma unroll
+      for (int q = 0; q < kAtOnce; ++q) sum[q] = total[q];
     }
   }
   __syncthreads();
-  for (int64_t t = thread; t < job.loss.task_count; t += kThreads)
+  for (int t = thread; t < job.loss.task_count; t += kThreads)
     job.loss.loss_parts[blockIdx.x * job.loss.task_count + t] = losses[t];
+  if (!job.loss.bias_parts) return;
+  for (int c = thread; c < k; c += kThreads) {
+    Sum sum = sums[c];
+    for (int g = 1; g < tile.groups; ++g) sum += sums[g * k + c];
+    job.loss.bias_parts[blockIdx.x * job.k + c] = sum;
+  }
 }
 
 // A block 256 rows of a task, in place.
@@ -94,7 +172,7 @@ __global__ void __launch_bounds__(kThreads, 2) logits_loss_kernel(LogitsJob<Elem
         for (int64_t c = task.begin + lane; c < task.begin + task.width; c += 32)
           z[r * job.k + c] += converted<Sum>(job.loss.bias[c * job.loss.bias_stride]);
     __syncwarp();
-    double sum = static_cast<double>(rows_losses<32>(job, task, t, row, rows, z, job.k));
+    double sum = static_cast<double>(rows_losses<32>(job, t, row, rows, z, job.k));
     __syncwarp();
     if constexpr (sizeof(Element) != sizeof(Sum))
       if (job.g)

@@ -48,60 +48,72 @@ __device__ T lanes_max(T v) {
   return v;
 }
 
+// Of float32 numbers by the device's approximations (device.cuh) where kFast: for embeddings of 16 bits, whose logits
+// are less exact than those.
+template <bool kFast, class T>
+__device__ T exponential(T v) {
+  if constexpr (kFast) return fast_exp(v);
+  return exp(v);
+}
+// log(1 + v) for v >= 0, also where it is small.
+template <bool kFast, class T>
+__device__ T log_of_one_and(T v) {
+  if constexpr (kFast) {
+    const T series = v * (1.0f + v * (-0.5f + v * (0.33333333f + v * (-0.25f + v * 0.2f))));
+    return v < 0.03125f ? series : fast_log(1.0f + v);
+  }
+  return log1p(v);
+}
+
 // With class weights w, smoothing e and W = sum of w, of a row with class y:
 //   loss = (1 - e) w_y (lse - z_y) + e / C sum_c w_c (lse - z_c)
 //   gradient_c = p_c ((1 - e) w_y + e W / C) - [c = y] (1 - e) w_y - e w_c / C
-// The largest logit is left out of the sum of exponentials, so that log(1 + rest) is accurate where the loss is small.
-template <class T, int kLanes>
+// Exponentials as large as that of the largest logit are counted, not added, and one of them is left out, so that
+// log(1 + rest) is accurate where the loss is small.
+template <bool kFast, class T, int kLanes>
 __device__ T cross_entropy(const DeviceTask& task, const double* reals, T* z, int64_t step, T label, T scale,
                            bool gradient, int lane) {
-  const int64_t width = task.width;
+  const int width = static_cast<int>(task.width);
   if (label != label) {
     if (gradient)
-      for (int64_t c = lane; c < width; c += kLanes) z[c * step] = T(0);
+      for (int c = lane; c < width; c += kLanes) z[c * step] = T(0);
     return T(0);
   }
-  const int64_t own = static_cast<int64_t>(label);
+  const int own = static_cast<int>(label);
   const double* const weights = task.numbers < 0 ? nullptr : reals + task.numbers;
   T largest = z[0];
-  for (int64_t c = lane; c < width; c += kLanes) largest = z[c * step] > largest ? z[c * step] : largest;
+  for (int c = lane; c < width; c += kLanes) largest = z[c * step] > largest ? z[c * step] : largest;
   largest = lanes_max<kLanes>(largest);
   const T smoothing = static_cast<T>(task.option), share = smoothing / static_cast<T>(width);
   const T all = weights ? static_cast<T>(task.numbers_sum) : static_cast<T>(width);
-  // Of several largest logits the first is the one left out.
-  int64_t first = width;
-  for (int64_t c = lane; c < width; c += kLanes)
-    if (z[c * step] == largest) {
-      first = c;
-      break;
-    }
-  if constexpr (kLanes > 1)
-    for (int offset = kLanes / 2; offset > 0; offset /= 2) {
-      const int64_t other = __shfl_xor_sync(lanes_mask<kLanes>(), first, offset);
-      first = other < first ? other : first;
-    }
-  T rest = T(0), spread = T(0);
   const T at_own = z[own * step] - largest;
-  if constexpr (kLanes > 1) __syncwarp(lanes_mask<kLanes>());  // all have read it: the logits become exponentials
-  for (int64_t c = lane; c < width; c += kLanes) {
-    const T v = z[c * step] - largest, e = exp(v);
-    if (c != first) rest += e;
-    if (gradient) z[c * step] = e;
-    if (smoothing > T(0)) spread -= v * (weights ? static_cast<T>(weights[c]) : T(1));
+  T spread = T(0);
+  if (smoothing > T(0)) {
+    for (int c = lane; c < width; c += kLanes)
+      spread -= (z[c * step] - largest) * (weights ? static_cast<T>(weights[c]) : T(1));
+    spread = lanes_sum<kLanes>(spread);
   }
-  rest = lanes_sum<kLanes>(rest);
+  if constexpr (kLanes > 1) __syncwarp(lanes_mask<kLanes>());  // all have read it: the logits become exponentials
+  T rest = T(0), ones = T(0);
+  for (int c = lane; c < width; c += kLanes) {
+    const T e = exponential<kFast>(z[c * step] - largest);
+    rest += e >= T(1) ? T(0) : e;
+    ones += e >= T(1) ? T(1) : T(0);
+    if (gradient) z[c * step] = e;
+  }
+  rest = lanes_sum<kLanes>(rest) + (lanes_sum<kLanes>(ones) - T(1));
   // As inf - inf in a softmax: an infinite logit gives NaN.
-  const T log_total = log1p(rest) + (largest - largest);
+  const T log_total = log_of_one_and<kFast>(rest) + (largest - largest);
   const T weight = (weights ? static_cast<T>(weights[own]) : T(1)) * (T(1) - smoothing);
   T loss = weight * (log_total - at_own);
-  if (smoothing > T(0)) loss += share * (lanes_sum<kLanes>(spread) + all * log_total);
+  if (smoothing > T(0)) loss += share * (spread + all * log_total);
   if (gradient) {
     const T of_all = (weight + share * all) * scale / (T(1) + rest);
-    for (int64_t c = lane; c < width; c += kLanes) {
-      T g = z[c * step] * of_all - (c == own ? weight * scale : T(0));
-      if (smoothing > T(0)) g -= share * scale * (weights ? static_cast<T>(weights[c]) : T(1));
-      z[c * step] = g;
-    }
+    for (int c = lane; c < width; c += kLanes) z[c * step] *= of_all;
+    if (own % kLanes == lane) z[own * step] -= weight * scale;
+    if (smoothing > T(0))
+      for (int c = lane; c < width; c += kLanes)
+        z[c * step] -= share * scale * (weights ? static_cast<T>(weights[c]) : T(1));
   }
   return lane == 0 ? loss : T(0);
 }
@@ -152,7 +164,7 @@ __device__ T gaussian_loss(T* mean, T* log_variance, T y, T scale, bool gradient
 
 // One row of one task: returns this lane's part of its loss; with `gradient`, z becomes scale * d loss / d z.
 // Logit c lies at z[c * step], label c at labels[c * label_step].
-template <class T, int kLanes>
+template <class T, int kLanes, bool kFast>
 __device__ T row_loss(const DeviceTask& task, const double* reals, T* z, int64_t step, const T* labels,
                       int64_t label_step, T scale, bool gradient, int lane) {
   if (!task.counts) {
@@ -161,7 +173,7 @@ __device__ T row_loss(const DeviceTask& task, const double* reals, T* z, int64_t
     return T(0);
   }
   if (task.loss == Loss::kCrossEntropy)
-    return cross_entropy<T, kLanes>(task, reals, z, step, labels[0], scale, gradient, lane);
+    return cross_entropy<kFast, T, kLanes>(task, reals, z, step, labels[0], scale, gradient, lane);
   const int64_t columns = task.labels.columns;
   T sum = T(0);
   for (int64_t c = lane; c < columns; c += kLanes) {

@@ -85,52 +85,54 @@ struct Run {
     label_rows_ = label_rows;
     Staging staging;
     const bool weight_here = call.task_weight.is_cpu();
-    const int64_t zero = 0, at_tasks = staging.add(tasks.data(), count * static_cast<int64_t>(sizeof(DeviceTask))),
+    const int64_t at_tasks = staging.add(tasks.data(), count * static_cast<int64_t>(sizeof(DeviceTask))),
                   at_reals = staging.add(call.reals.const_data_ptr(), call.reals.size(0) * 8),
                   at_weight = staging.add(call.task_weight.const_data_ptr(), weight_here ? count * 8 : 0),
                   at_slots = staging.add(slots_.data(), static_cast<int64_t>(slots_.size() * sizeof(Slot))),
                   at_warp_tasks =
-                      staging.add(warp_tasks_.data(), static_cast<int64_t>(warp_tasks_.size() * sizeof(WarpTask))),
-                  at_wrong = staging.add(&zero, 8);
+                      staging.add(warp_tasks_.data(), static_cast<int64_t>(warp_tasks_.size() * sizeof(WarpTask)));
+    const auto sent = static_cast<int64_t>(staging.bytes().size());
     const int64_t label_blocks = std::max<int64_t>(1, (n + kLabelRows - 1) / kLabelRows);
     job.label_step = (n + 3) / 4 * 4;  // 16 bytes, which can be copied at once
     char* staged;
-    double* norm;
-    Sum *labels, *scale;
+    Sum* labels;
     LabelJob label_job{};
     Scratch pieces;
-    pieces.add(&staged, static_cast<int64_t>(staging.bytes().size()));
-    pieces.add(&norm, count);
+    pieces.add(&staged, sent);
+    pieces.add(&label_job.wrong, 2);
+    pieces.add(&norm_, count);
     pieces.add(&means_, count);
     pieces.add(&labels, label_rows * job.label_step);
-    pieces.add(&scale, count);
+    pieces.add(&scale_, count);
     pieces.add(&label_job.counts, count * label_blocks);
     pieces.add(&label_job.norms, count * label_blocks);
     pieces.make(call.x);
-    send(staging.bytes().data(), static_cast<int64_t>(staging.bytes().size()), staged, stream, kName);
     job.tasks = reinterpret_cast<const DeviceTask*>(staged + at_tasks);
     job.reals = reinterpret_cast<const double*>(staged + at_reals);
     device_slots_ = reinterpret_cast<const Slot*>(staged + at_slots);
     device_warp_tasks_ = reinterpret_cast<const WarpTask*>(staged + at_warp_tasks);
     weight_ = weight_here ? reinterpret_cast<const double*>(staged + at_weight)
                           : static_cast<const double*>(call.task_weight.const_data_ptr());
-    norm_ = norm;
     label_job.tasks = job.tasks;
     label_job.reals = job.reals;
     label_job.task_count = count;
     label_job.n = n;
     label_job.blocks = label_blocks;
     label_job.label_step = job.label_step;
-    label_job.wrong = reinterpret_cast<int*>(staged + at_wrong);
+    if (kEmulated) clear(label_job.wrong, 8, stream, kName);  // on a GPU nobody reads it
     const auto tasks_across = static_cast<unsigned>(std::min<int64_t>(count, 65535));
-    check_launch(launch(labels_kernel<Sum>, dim3(static_cast<unsigned>(label_blocks), tasks_across), dim3(kThreads), 0,
-                        stream, label_job, labels),
-                 kName);
+    const dim3 label_grid(static_cast<unsigned>(label_blocks), tasks_across);
+    if (sent <= kUploadBytes) {
+      Upload from{};
+      std::memcpy(from.words, staging.bytes().data(), sent);
+      check_launch(launch(sent_labels_kernel<Sum>, label_grid, dim3(kThreads), 0, stream, from,
+                          static_cast<int>(sent / 8), reinterpret_cast<uint64_t*>(staged), label_job, labels),
+                   kName);
+    } else {
+      send(staging.bytes().data(), sent, staged, stream, kName);
+      check_launch(launch(labels_kernel<Sum>, label_grid, dim3(kThreads), 0, stream, label_job, labels), kName);
+    }
     if (kEmulated && *label_job.wrong) refuse_label(call.tasks.specs[*label_job.wrong - 1], *label_job.wrong - 1, n);
-    check_launch(launch(finish_labels_kernel<Sum>, dim3(tasks_across), dim3(kThreads), 0, stream, label_job,
-                        static_cast<const double*>(call.need_gramian ? nullptr : weight_),
-                        static_cast<long long*>(call.number.mutable_data_ptr()), norm, scale),
-                 kName);
 
     job.x = view<Element>(call.x);
     job.weight = view<Element>(call.weight);
@@ -139,7 +141,15 @@ struct Run {
       job.bias_stride = call.bias->stride(0);
     }
     job.labels = labels;
-    job.scale = scale;
+    job.scale = scale_;
+    job.norm = {job.tasks,
+                call.need_gramian ? nullptr : weight_,
+                label_job.counts,
+                label_job.norms,
+                count,
+                label_blocks,
+                static_cast<long long*>(call.number.mutable_data_ptr()),
+                norm_};
     job.task_count = count;
     job.dx = call.need_x ? static_cast<Element*>(call.dx.mutable_data_ptr()) : nullptr;
     job.need_sums = call.need_weight || call.need_bias;
@@ -153,8 +163,9 @@ struct Run {
   bool slots_fit_ = true;
   const Slot* device_slots_ = nullptr;
   const WarpTask* device_warp_tasks_ = nullptr;
-  const double *weight_ = nullptr, *norm_ = nullptr;
-  double* means_ = nullptr;
+  const double* weight_ = nullptr;
+  double *norm_ = nullptr, *means_ = nullptr;
+  Sum* scale_ = nullptr;
 
   // The task's fragments of eight columns, where a warp can keep its logits in registers.
   void add_slots(const DeviceTask& t) {
@@ -170,11 +181,11 @@ struct Run {
   }
 
   // Sums of the blocks: gradients of the parameters, and losses.
-  Scratch make_parts(int64_t blocks, bool sums = false) {
+  Scratch make_parts(int64_t blocks) {
     Scratch parts;
     parts.add(&job.loss_parts, blocks * count);
-    parts.add(&job.weight_parts, sums && job.need_sums ? blocks * k * d : 0);
-    parts.add(&job.bias_parts, sums && job.need_sums ? blocks * k : 0);
+    parts.add(&job.weight_parts, job.need_sums ? blocks * k * d : 0);
+    parts.add(&job.bias_parts, job.need_sums ? blocks * k : 0);
     parts.make(call.x);
     return parts;
   }
@@ -220,7 +231,7 @@ struct Run {
     if (static_cast<int64_t>(shared) > max_shared(call.x)) return false;
     const int64_t tiles = (n + Shape::kRows - 1) / Shape::kRows;
     const int64_t blocks = std::min<int64_t>(tiles, Shape::kBlocks * multiprocessors(call.x));
-    const Scratch parts = make_parts(blocks, true);
+    const Scratch parts = make_parts(blocks);
     launch_persistent(warp_loss_kernel<Engine, K, D>, blocks, Shape::kBlock, shared,
                       WarpLossJob<Element>{job, device_slots_, device_warp_tasks_, static_cast<int>(slots_.size()),
                                            static_cast<int>(warp_tasks_.size()), static_cast<int>(label_rows_)});
@@ -243,7 +254,7 @@ struct Run {
     if (static_cast<int64_t>(Shape::kShared) > max_shared(call.x)) return false;
     const int64_t tiles = (n + Shape::kRows - 1) / Shape::kRows;
     const int64_t blocks = std::min<int64_t>(tiles, multiprocessors(call.x));
-    const Scratch parts = make_parts(blocks, true);
+    const Scratch parts = make_parts(blocks);
     launch_persistent(fused_loss_kernel<Engine, K, D>, blocks, kThreads, Shape::kShared, job);
     return true;
   }
@@ -251,34 +262,62 @@ struct Run {
     check_launch(sum_parts(parts, number, size, static_cast<Element*>(out.mutable_data_ptr()), stream), kName);
   }
 
-  // Losses, and gradients in the place of the logits or beside them.
-  void losses_of_logits(LogitsJob<Element, Sum> with, unsigned tasks_across) {
-    const auto tile_of = [&](int rows) {
-      const int64_t row = k % 2 ? k : k + 1, bytes = count * 8 + rows * row * static_cast<int64_t>(sizeof(Sum));
-      constexpr int64_t kMost = 100 << 10;  // two blocks of a multiprocessor
-      return LogitTile{bytes <= std::min(kMost, max_shared(call.x)) ? rows : 0, static_cast<int>(row),
-                       static_cast<size_t>(bytes)};
-    };
-    LogitTile tile = tile_of(32);
-    if (tile.rows == 0) tile = tile_of(8);
-    const int64_t rows = tile.rows > 0 ? tile.rows : kThreads;
-    int64_t blocks = std::max<int64_t>(1, (n + rows - 1) / rows);
-    if (tile.rows > 0) blocks = std::min<int64_t>(blocks, 8 * multiprocessors(call.x));
-    const Scratch parts = make_parts(blocks);
-    with.loss.loss_parts = job.loss_parts;
-    const dim3 grid(static_cast<unsigned>(blocks), tile.rows > 0 ? 1 : tasks_across);
-    if (tile.rows > 0) {
-      const auto kernel = logit_tiles_kernel<Element, Sum>;
-      check_launch(allow_shared(kernel, tile.shared), kName);
-      check_launch(launch(kernel, grid, dim3(kThreads), tile.shared, stream, with, tile), kName);
-    } else {
-      check_launch(launch(logits_loss_kernel<Element, Sum>, grid, dim3(kThreads), 0, stream, with), kName);
+  // The tile of logits that fits shared memory, with more rows where three blocks of them do; or none.
+  LogitTile logit_tile_for(bool narrow, int at_once) {
+    constexpr size_t kThird = 72 << 10;
+    const auto most = static_cast<size_t>(std::min<int64_t>(112 << 10, max_shared(call.x)));
+    if (k > int64_t(1) << 15 || count > int64_t(1) << 15) return {};
+    for (const int rows : {32, 8}) {
+      const LogitTile tile = logit_tile<Sum>(rows, count, k, narrow, at_once);
+      if (tile.shared <= (rows == 32 ? kThird : most)) return tile;
     }
-    check_launch(finish<Sum, Element>({}, {}, losses(blocks), stream), kName);
+    return {};
+  }
+  template <int kAtOnce>
+  void tiles_of_logits(const LogitsJob<Element, Sum>& with, const LogitTile& tile, int64_t blocks) {
+    const auto kernel = logit_tiles_kernel<Element, Sum, kAtOnce>;
+    check_launch(allow_shared(kernel, tile.shared), kName);
+    check_launch(launch(kernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), tile.shared, stream, with, tile),
+                 kName);
+  }
+
+  // Losses, and gradients in the place of the logits or beside them; and the sums of their columns where those are
+  // wanted. Returns whether these are there.
+  bool losses_of_logits(LogitsJob<Element, Sum> with, unsigned tasks_across) {
+    constexpr int64_t kMostBlocks = 1024;  // a number that no device decides, so that no sum depends on it
+    bool narrow = true;
+    for (const TaskSpec& t : call.tasks.specs) narrow = narrow && t.width <= kNarrowTask;
+    const int at_once = !narrow && k % 4 == 0 ? 4 : k % 2 == 0 ? 2 : 1;
+    const LogitTile tile = logit_tile_for(narrow, at_once);
+    const bool tiled = tile.rows > 0, sums = tiled && call.need_bias;
+    const int64_t rows = tiled ? tile.rows : kThreads;
+    int64_t blocks = std::max<int64_t>(1, (n + rows - 1) / rows);
+    if (tiled) blocks = std::min(blocks, kMostBlocks);
+    Scratch parts;
+    parts.add(&with.loss.loss_parts, blocks * count);
+    parts.add(&with.loss.bias_parts, sums ? blocks * k : 0);
+    parts.make(call.x);
+    if (!sums) with.loss.bias_parts = nullptr;
+    job.loss_parts = with.loss.loss_parts;
+    if (!tiled)
+      check_launch(launch(logits_loss_kernel<Element, Sum>, dim3(static_cast<unsigned>(blocks), tasks_across),
+                          dim3(kThreads), 0, stream, with),
+                   kName);
+    else if (at_once == 4)
+      tiles_of_logits<4>(with, tile, blocks);
+    else if (at_once == 2)
+      tiles_of_logits<2>(with, tile, blocks);
+    else
+      tiles_of_logits<1>(with, tile, blocks);
+    PartsJob<Sum, Element> of_bias{};
+    if (sums) of_bias = {with.loss.bias_parts, blocks, k, static_cast<Element*>(call.db.mutable_data_ptr())};
+    check_launch(finish<Sum, Element>({}, of_bias, losses(blocks), stream), kName);
+    return sums;
   }
 
   // Logits, then losses and gradients at the logits, then a product for each gradient.
   void through_memory(unsigned tasks_across) {
+    check_launch(finish_labels<Sum>(job.norm, scale_, stream), kName);
     const bool wants = gradient() || call.need_gramian, some = n > 0 && d > 0;
     constexpr bool kOne = sizeof(Element) == sizeof(Sum);
     Tensor logits = empty_on(call.x, {n, k}, call.per_task.scalar_type());
@@ -291,9 +330,8 @@ struct Run {
       check_launch(
           gemm<Engine, Sum, false, false>({job.x, job.weight, job.bias, job.bias_stride, z, n, k, d}, 1, stream),
           kName);
-    losses_of_logits(
-        {job, n, k, z, gradient() && !kOne ? g : nullptr, wants, add_bias, kOne || call.need_bias || call.need_gramian},
-        tasks_across);
+    const bool summed = losses_of_logits(
+        {job, n, k, z, gradient() && !kOne ? g : nullptr, wants, add_bias, kOne || call.need_gramian}, tasks_across);
     const auto gradients = view_of<Element>(g, n, k, k, 1);
     if (call.need_x && !(some && library_product(rounded, call.weight, call.dx)))
       check_launch(gemm<Engine, Element, false, true>({gradients, job.weight, nullptr, 0, job.dx, n, d, k}, 1, stream),
@@ -302,7 +340,7 @@ struct Run {
     const bool own_sums = call.need_weight && !(some && library_product(turned(rounded), call.x, call.dw));
     Scratch more;
     more.add(&job.weight_parts, own_sums ? slices * k * d : 0);
-    more.add(&job.bias_parts, call.need_bias ? slices * k : 0);
+    more.add(&job.bias_parts, call.need_bias && !summed ? slices * k : 0);
     more.make(call.x);
     if (own_sums) {
       check_launch(
@@ -310,7 +348,7 @@ struct Run {
           kName);
       add_up(job.weight_parts, slices, k * d, call.dw);
     }
-    if (call.need_bias) {
+    if (call.need_bias && !summed) {
       check_launch(column_sums(view_of<Sum>(z, n, k, k, 1), slices, job.bias_parts, stream), kName);
       add_up(job.bias_parts, slices, k, call.db);
     }

@@ -15,7 +15,7 @@ namespace mtl::cuda {
 constexpr int kRowsAtOnce = 2, kPiecesAtOnce = 1;
 #else
 #define MTL_STEPS
-constexpr int kRowsAtOnce = 8, kPiecesAtOnce = 4;
+constexpr int kRowsAtOnce = 8, kPiecesAtOnce = 2;
 #endif
 
 constexpr int kMostSlots = 16;  // of eight columns
@@ -92,12 +92,6 @@ __device__ void warp_logits(const Element* x, const Element* weight, int row, in
   }
 }
 
-// log(1 + x) for x >= 0, also where it is small.
-__device__ inline float fast_log1p(float x) {
-  const float series = x * (1.0f + x * (-0.5f + x * (0.33333333f + x * (-0.25f + x * 0.2f))));
-  return x < 0.03125f ? series : fast_log(1.0f + x);
-}
-
 // Losses of the warp's rows, added to losses[task], and their gradients at the logits, to g. A lane has a row of a
 // task. Maths as in losses.cuh; what is as large as the largest logit is counted, not added, so that the rest keeps its
 // digits. Columns that fill up a fragment have logits of -inf, which add nothing.
@@ -133,7 +127,7 @@ __device__ void warp_losses(const WarpTask* tasks, int task_count, int first, in
       own[p] = four;
     }
     const float beside = rest + (rintf(all - rest) - 1.0f);
-    float loss = missing ? 0.0f : fast_log1p(beside) - at_label;
+    float loss = missing ? 0.0f : log_of_one_and<true>(beside) - at_label;
     const float factor = fast_divide(task.scale, 1.0f + beside);
     const float at_own = reinterpret_cast<const float*>(own)[label] * factor - task.scale;
     struct alignas(16) Eight {
@@ -215,11 +209,7 @@ __global__ void __launch_bounds__(WarpLossShape<Engine, K, D>::kBlock, WarpLossS
   int tile = static_cast<int>(blockIdx.x);
   load(tile, 0);
   if (thread < kSlots) slots[thread] = thread < warp_job.slot_count ? warp_job.slots[thread] : Slot{0, 0};
-  if (thread < warp_job.task_count) {
-    WarpTask task = warp_job.tasks[thread];
-    task.scale = job.scale[thread];
-    tasks[thread] = task;
-  }
+  if (thread < warp_job.task_count) tasks[thread] = warp_job.tasks[thread];
   for (int i = thread; i < Shape::kGradients; i += kBlock) gradients[i] = Element{};  // of slots without a task
   for (int i = thread; i < Shape::kCount * kSlots; i += kBlock) losses[i] = 0;
   __syncthreads();
@@ -229,6 +219,10 @@ __global__ void __launch_bounds__(WarpLossShape<Engine, K, D>::kBlock, WarpLossS
     load_tile<kPiecesAtOnce>(weight + j * 8 * kRow, kRow, own, slots[j].begin, 8, 0, D, thread, kBlock);
   }
   cp_async_commit();
+  for (int t = warp; t < warp_job.task_count; t += Shape::kCount) {
+    const float own = scale_of<float>(job.norm, t, blockIdx.x == 0);
+    if (lane == 0) tasks[t].scale = own;
+  }
   for (int i = thread; i < K; i += kBlock) {
     const Slot& s = slots[i / 8];
     const float own = job.bias && i % 8 < s.count ? to_float(job.bias[(s.begin + i % 8) * job.bias_stride]) : 0.0f;

@@ -106,4 +106,5 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 size, size_t s
 #define blockDim (mtl::cuda::emulated::block->size)
 #define gridDim (mtl::cuda::emulated::block->grid)
 
+#define MTL_GRID_CONSTANT
 #define MTL_DYNAMIC_SHARED(T, name) T* const name = reinterpret_cast<T*>(mtl::cuda::emulated::block->dynamic())
