@@ -132,7 +132,7 @@ _scale_op: Any = None
 
 
 def targets_of(y: Labels, layout: TaskLayout, x: Tensor) -> list[Tensor]:
-    """Labels as the op takes them: one matrix, or one tensor per task. The op checks shapes, dtypes, devices, values."""
+    """Labels as the op takes them: one matrix, or one tensor per task. The op checks all but derivatives."""
     if isinstance(y, Tensor):
         if len(layout.names) > 1 and y.device == x.device and not y.requires_grad:
             return [y]
