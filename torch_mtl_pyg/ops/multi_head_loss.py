@@ -221,10 +221,11 @@ class _MultiHeadLoss(torch.autograd.Function):
         # Given away once: what autograd does with them afterwards, such as adding to them, must not come back.
         ready, ctx.ready = ctx.ready, None
         if ready is not None and of_per_task is None:
+            assert of_total is not None
             scale_by(ready, of_total)
             return *(g if need else None for g, need in zip(ready, needs, strict=True)), *_REST
         table = loss_table(ctx.layout)
-        if ready is not None and not x.is_cuda:  # where no host would wait for the numbers
+        if ready is not None and of_per_task is not None and not x.is_cuda:  # where no host would wait for the numbers
             factor = _common_factor(of_per_task, of_total, table.weight)
             # Not in 16 bits, to which the gradients would be rounded once more.
             if factor is not None and (x.itemsize > 2 or _is_power_of_two(factor)):

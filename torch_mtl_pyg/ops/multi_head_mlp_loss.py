@@ -266,6 +266,7 @@ class _MultiHeadMLPLoss(torch.autograd.Function):
             return *(None,) * 7, dx, None, *others
         ready, ctx.ready = ctx.ready, None  # given away once: what is done with them must not come back
         if ready is not None and of_per_task is None:
+            assert of_total is not None
             scale_by(ready, of_total)
             dx, flat = ready
         else:
