@@ -107,6 +107,22 @@ def test_a_matrix_of_labels_is_a_dict_of_columns(any_backend: str) -> None:
     assert all(torch.equal(got[name], expected[name]) for name in expected)
 
 
+# Few and many tasks, narrow and wide ones side by side, columns that are a multiple of 4, of 2 and neither; more
+# columns than fit a block; more rows than a tile has where there is one task.
+COLUMNS = (
+    *((70, 130, (20, 20, 20, 64)), (70, 130, (21, 33)), (37, 3, (1000,)), (300, 130, (3,) * 5), (41, 130, (2,) * 300)),
+    *((21, 130, (1,) * 1501), (19, 3, (701, 800)), (9, 2, (3001, 2)), (66_000, 1, (3,)), (0, 130, (40, 2))),
+)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64, torch.bfloat16), ids=str)
+@pytest.mark.parametrize(("n", "d", "widths"), COLUMNS, ids=lambda v: str(v)[:20])
+def test_values_of_few_and_many_columns(fused: None, n: int, d: int, widths: tuple[int, ...], dtype: Any) -> None:
+    tasks = {f"t{i}": mtl.Task(c, loss="cross_entropy" if c > 1 else "bce") for i, c in enumerate(widths)}
+    check_values(problem(n, d, dtype, tasks))
+    check_values(problem(min(n, 100), d, dtype, tasks), gramian=len(tasks) < 10)
+
+
 @pytest.mark.parametrize("dtype", (torch.int8, torch.int16, torch.int32, torch.uint8, torch.bool), ids=str)
 def test_labels_of_every_integer_type(any_backend: str, dtype: torch.dtype) -> None:
     tasks = {"c": TASKS["two"], "b": TASKS["toxic"], "m": mtl.Task(1, loss="mse")}

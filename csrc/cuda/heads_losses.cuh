@@ -35,9 +35,9 @@ __global__ void __launch_bounds__(kThreads, sizeof(Sum) == 8 ? 2 : 3) heads_loss
     double sum = 0;
     const auto one = [&](int r, auto lanes) {
       constexpr int kLanes = decltype(lanes)::value;
-      sum += row_loss<Sum, kLanes, false>(task, job.reals, job.z + (at.scratch + r) * job.z_row + column, 1,
-                                          job.labels + label_row * job.n + at.source + r, job.n, scale, job.gradient,
-                                          kLanes > 1 ? lane : 0);
+      sum += row_loss<Sum, kLanes>(task, job.reals, job.z + (at.scratch + r) * job.z_row + column, 1,
+                                   job.labels + label_row * job.n + at.source + r, job.n, scale, job.gradient,
+                                   kLanes > 1 ? lane : 0);
     };
     if (task.width <= kNarrow) {
       if (thread < at.rows) one(thread, Lanes<1>{});

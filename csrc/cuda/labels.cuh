@@ -167,39 +167,63 @@ struct NormJob {
   long long* count_out;
   double* norm_out;
 };
-// Returns the factor of the gradients of task t: by a warp. `write`: the counts and norms of the call too.
+// The factor of the gradients of task t, which has `count` labels. `write`: the results of the call too.
 template <class T>
-__device__ T scale_of(const NormJob& job, int64_t t, bool write) {
+__device__ T factor_of(const NormJob& job, int64_t t, long long count, double norm, bool write) {
   const DeviceTask& task = job.tasks[t];
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  const bool weighted = task.loss == Loss::kCrossEntropy && task.numbers >= 0;
-  long long count = 0;
-  double norm = 0;
-#pragma unroll 4
-  for (int64_t b = lane; b < job.blocks; b += 32) count += job.counts[t * job.blocks + b];
-  if (weighted)
-    for (int64_t b = lane; b < job.blocks; b += 32) norm += job.norms[t * job.blocks + b];
-  count = lanes_sum<32>(count);
-  norm = weighted ? lanes_sum<32>(norm) : static_cast<double>(count);
-  if (write && lane == 0) {
+  if (task.loss != Loss::kCrossEntropy || task.numbers < 0) norm = static_cast<double>(count);
+  if (write) {
     job.count_out[t] = count;
     job.norm_out[t] = norm;
   }
   return static_cast<T>(task.loss == Loss::kOutside ? 1.0 : norm > 0 ? (job.weight ? job.weight[t] : 1.0) / norm : 0.0);
 }
+// A block a task.
 template <class T>
 __global__ void __launch_bounds__(kThreads) finish_labels_kernel(NormJob job, T* scale) {
-  const int64_t step = static_cast<int64_t>(gridDim.x) * kWarps;
-  for (int64_t t = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32; t < job.task_count; t += step) {
-    const T own = scale_of<T>(job, t, true);
-    if (threadIdx.x % 32 == 0) scale[t] = own;
+  __shared__ long long count_places[kWarps];
+  __shared__ double norm_places[kWarps];
+  for (int64_t t = blockIdx.x; t < job.task_count; t += gridDim.x) {
+    long long count = 0;
+    double norm = 0;
+    for (int64_t b = threadIdx.x; b < job.blocks; b += kThreads) {
+      count += job.counts[t * job.blocks + b];
+      norm += job.norms[t * job.blocks + b];
+    }
+    count = block_sum(count, count_places);
+    norm = block_sum(norm, norm_places);
+    if (threadIdx.x == 0) scale[t] = factor_of<T>(job, t, count, norm, true);
   }
 }
 template <class T>
 cudaError_t finish_labels(const NormJob& job, T* scale, cudaStream_t stream) {
-  const int64_t blocks = (job.task_count + kWarps - 1) / kWarps;
-  return launch(finish_labels_kernel<T>, dim3(static_cast<unsigned>(blocks < 65535 ? blocks : 65535)), dim3(kThreads),
-                0, stream, job, scale);
+  return launch(finish_labels_kernel<T>, dim3(static_cast<unsigned>(job.task_count < 65535 ? job.task_count : 65535)),
+                dim3(kThreads), 0, stream, job, scale);
+}
+// The same as the beginning of a launch, by each of its blocks for itself, a warp a task: where that is soon done.
+// `from`: the factors, if they are there already. `put(t, factor)` is called by one thread.
+inline bool finishes_labels_soon(const NormJob& job) {
+  return (job.task_count + kWarps - 1) / kWarps * ((job.blocks + 127) / 128) <= 4;
+}
+template <class T, class Put>
+__device__ void finish_labels_first(const NormJob& job, const T* from, int warps, Put put) {
+  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+  for (int t = warp; t < job.task_count; t += warps) {
+    if (from) {
+      if (lane == 0) put(t, from[t]);
+      continue;
+    }
+    long long count = 0;
+    double norm = 0;
+#pragma unroll 4
+    for (int64_t b = lane; b < job.blocks; b += 32) {
+      count += job.counts[t * job.blocks + b];
+      norm += job.norms[t * job.blocks + b];
+    }
+    count = lanes_sum<32>(count);
+    norm = lanes_sum<32>(norm);
+    if (lane == 0) put(t, factor_of<T>(job, t, count, norm, blockIdx.x == 0));
+  }
 }
 
 // Losses of the tasks and their weighted sum, from the parts of the blocks: a warp a task, then a block for the sum.

@@ -23,57 +23,85 @@ struct LogitsJob {
 template <int kLanes, class Element, class Sum>
 __device__ Sum one_row(const LogitsJob<Element, Sum>& job, int64_t t, int64_t row, Sum* z, int lane) {
   const DeviceTask& task = job.loss.tasks[t];
-  return row_loss<Sum, kLanes, sizeof(Element) == 2>(task, job.loss.reals, z + task.begin, 1,
-                                                     job.loss.labels + task.label_row * job.loss.label_step + row,
-                                                     job.loss.label_step, job.loss.scale[t], job.gradient, lane);
+  return row_loss<Sum, kLanes>(task, job.loss.reals, z + task.begin, 1,
+                               job.loss.labels + task.label_row * job.loss.label_step + row, job.loss.label_step,
+                               job.loss.scale[t], job.gradient, lane);
 }
-// Those of `rows` rows, by one warp; a row has kLanes lanes.
+// Those of the rows [first, last), by one warp; a row has kLanes lanes.
 template <int kLanes, class Element, class Sum>
-__device__ Sum rows_losses(const LogitsJob<Element, Sum>& job, int64_t t, int64_t row, int rows, Sum* z,
+__device__ Sum rows_losses(const LogitsJob<Element, Sum>& job, int64_t t, int64_t row, int first, int last, Sum* z,
                            int64_t z_row) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   Sum sum = Sum(0);
-  for (int r = lane / kLanes; r < rows; r += 32 / kLanes) {
+  for (int r = first + lane / kLanes; r < last; r += 32 / kLanes) {
     sum += one_row<kLanes>(job, t, row + r, z + r * z_row, lane % kLanes);
     __syncwarp(lanes_mask<kLanes>());  // a lane may have written what another one reads: mean and variance
   }
   return sum;
 }
 
-// How a tile lies in shared memory: losses [tasks], the bias [k], the sums of gradients [groups, k], then its rows.
-// They begin in different banks where a lane has a row, and eight banks apart where eight lanes have one.
-constexpr int kNarrowTask = 32;  // columns at most of a task of which a lane has a row
+// A tile in shared memory: losses [parts, tasks], the bias [k], the sums of gradients [groups, k], then its rows.
+constexpr int kNarrowTask = 32;   // columns at most of a task of which a lane has a row
+constexpr int kNarrowInWide = 4;  // the same beside wider ones, where rows lie for eight lanes each
 struct LogitTile {
-  int rows, row, groups;  // of threads: each has every groups-th row, and a thread some columns of those
+  int rows, row;  // rows begin in different banks, or eight banks apart where eight lanes have one
+  int groups;     // of threads: each has every groups-th row, and a thread some columns of those
+  int parts;      // of the rows, so that every warp has one of a task
+  int narrow;     // columns at most of a task of which a lane has a row
   size_t shared;
 };
+// Tiles take what three blocks of a multiprocessor have room for, or 96 KiB; else none (rows 0). Rows: at least 32
+// where a lane has one, and more where there are few tasks; what no device decides, so that no sum depends on it.
 template <class Sum>
-LogitTile logit_tile(int rows, int64_t task_count, int64_t k, bool narrow, int at_once) {
-  const auto width = static_cast<int>(k);
-  const int pieces = width / at_once, groups = pieces < kThreads ? std::min(kThreads / pieces, rows) : 1;
-  const int row = narrow ? width | 1 : (width + 23) / 32 * 32 + 8;
-  const size_t numbers = round_up(width, 4) + round_up(groups * width, 4) + static_cast<size_t>(rows) * row;
-  return {rows, row, groups, (task_count + 1) / 2 * 2 * sizeof(double) + numbers * sizeof(Sum)};
+LogitTile logit_tile(int64_t n, int64_t task_count, int64_t wide_count, int64_t k, int at_once) {
+  constexpr int64_t kThird = 72 << 10, kMost = 96 << 10;
+  if (k < 1 || k > int64_t(1) << 15) return {};
+  const int width = static_cast<int>(k), pieces = width / at_once;
+  for (const int rows : {256, 128, 64, 32, 16, 8}) {
+    // More than 32 where lanes have rows of few tasks, no more than give every warp something to do, and many tiles.
+    if (rows > 32 && (wide_count > 0 || rows / 64 * task_count >= kWarps || n / rows < 1024)) continue;
+    const int most_parts = wide_count > 0 ? rows / 4 : std::max(1, rows / 32);
+    LogitTile tile{rows,
+                   wide_count > 0 ? (width + 23) / 32 * 32 + 8 : width | 1,
+                   pieces < kThreads ? std::min(kThreads / pieces, rows) : 1,
+                   1,
+                   wide_count > 0 ? kNarrowInWide : kNarrowTask,
+                   0};
+    while (tile.parts < most_parts && tile.parts * task_count < kWarps) tile.parts *= 2;
+    const int64_t numbers = round_up(width, 4) + round_up(tile.groups * width, 4) + int64_t(rows) * tile.row;
+    tile.shared =
+        static_cast<size_t>((tile.parts * task_count + 1) / 2 * 2 * 8 + numbers * static_cast<int64_t>(sizeof(Sum)));
+    if (tile.shared <= kThird || (rows == 8 && tile.shared <= kMost)) return tile;
+  }
+  return {};
 }
 
-// The losses of a tile of tile_rows rows, 32 or 8: a lane has a row of a narrow task, eight lanes one of a wide task.
+// The losses of a tile, part by part of the rows of a task: of a wide task by a warp, of narrow ones by as many lanes
+// as the part has rows.
 template <class Element, class Sum>
-__device__ void logit_tile_losses(const LogitsJob<Element, Sum>& job, int64_t row, int tile_rows, int rows, Sum* z,
-                                  int z_row, double* losses) {
-  const int tasks = static_cast<int>(job.loss.task_count), lane = static_cast<int>(threadIdx.x) % 32;
-  const int at_once = 32 / tile_rows, r = lane % tile_rows;
-  for (int first = static_cast<int>(threadIdx.x) / 32 * at_once; first < tasks; first += kWarps * at_once) {
-    const int t = first + lane / tile_rows;
-    const bool narrow = t < tasks && job.loss.tasks[t].width <= kNarrowTask;
+__device__ void logit_tile_losses(const LogitsJob<Element, Sum>& job, const LogitTile& tile, int64_t row, int rows,
+                                  Sum* z, double* losses) {
+  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+  const int items = static_cast<int>(job.loss.task_count) * tile.parts, of_part = tile.rows / tile.parts;
+  const int lanes = of_part < 32 ? of_part : 32, at_once = 32 / lanes;
+  for (int base = warp * at_once; base < items; base += kWarps * at_once) {
+    const int i = base + lane / lanes, t = i / tile.parts, first = i % tile.parts * of_part;
+    const int last = first + of_part < rows ? first + of_part : rows;
+    const bool own = i < items && job.loss.tasks[t].width <= tile.narrow;
     double sum = 0;
-    if (narrow && r < rows) sum = static_cast<double>(one_row<1>(job, t, row + r, z + r * z_row, 0));
-    for (int offset = tile_rows / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
-    if (narrow && r == 0) losses[t] += sum;
+    if (own)
+      for (int r = first + lane % lanes; r < last; r += lanes)
+        sum += static_cast<double>(one_row<1>(job, t, row + r, z + r * tile.row, 0));
+    for (int offset = lanes / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+    if (own && lane % lanes == 0) losses[i] += sum;
   }
-  for (int t = static_cast<int>(threadIdx.x) / 32; t < tasks; t += kWarps) {
-    if (job.loss.tasks[t].width <= kNarrowTask) continue;
-    const double sum = lanes_sum<32>(static_cast<double>(rows_losses<8>(job, t, row, rows, z, z_row)));
-    if (lane == 0) losses[t] += sum;
+  for (int i = warp; i < items; i += kWarps) {
+    const int t = i / tile.parts, first = i % tile.parts * of_part;
+    if (job.loss.tasks[t].width <= tile.narrow) continue;
+    const int last = first + of_part < rows ? first + of_part : rows;
+    const Sum sum = rows_losses<8>(job, t, row, first, last, z, tile.row);
+    const double all = lanes_sum<32>(static_cast<double>(sum));
+    if (lane == 0) losses[i] += all;
   }
 }
 
@@ -89,10 +117,11 @@ __global__ void __launch_bounds__(kThreads, sizeof(Sum) == 8 ? 2 : 3)
     Element v[kAtOnce];
   };
   const int thread = static_cast<int>(threadIdx.x), k = static_cast<int>(job.k), pieces = k / kAtOnce;
-  Sum* const bias = reinterpret_cast<Sum*>(losses + round_up(static_cast<int>(job.loss.task_count), 2));
+  const int tasks = static_cast<int>(job.loss.task_count);
+  Sum* const bias = reinterpret_cast<Sum*>(losses + round_up(tasks * tile.parts, 2));
   Sum* const sums = bias + round_up(k, 4);
   Sum* const z = sums + round_up(tile.groups * k, 4);
-  for (int t = thread; t < job.loss.task_count; t += kThreads) losses[t] = 0;
+  for (int i = thread; i < tasks * tile.parts; i += kThreads) losses[i] = 0;
   for (int c = thread; c < k; c += kThreads)
     bias[c] = job.add_bias && job.loss.bias ? converted<Sum>(job.loss.bias[c * job.loss.bias_stride]) : Sum(0);
   for (int i = thread; i < tile.groups * k; i += kThreads) sums[i] = Sum(0);
@@ -106,11 +135,12 @@ __global__ void __launch_bounds__(kThreads, sizeof(Sum) == 8 ? 2 : 3)
     Sum* const own = job.z + row * k;
     __syncthreads();
     for (int c = column; group < tile.groups && c < k; c += kThreads * kAtOnce) {
+      const Sums shift = *reinterpret_cast<const Sums*>(bias + c);
 #pragma unroll 4
       for (int r = group; r < rows; r += tile.groups) {
         Sums piece = *reinterpret_cast<const Sums*>(own + r * k + c);
 #pragma unroll
-        for (int q = 0; q < kAtOnce; ++q) piece.v[q] += bias[c + q];
+        for (int q = 0; q < kAtOnce; ++q) piece.v[q] += shift.v[q];
         if constexpr (kAtOnce == 4)
           *reinterpret_cast<Sums*>(at(r, c)) = piece;
         else
@@ -118,14 +148,11 @@ __global__ void __launch_bounds__(kThreads, sizeof(Sum) == 8 ? 2 : 3)
       }
     }
     __syncthreads();
-    logit_tile_losses(job, row, tile.rows, rows, z, tile.row, losses);
+    logit_tile_losses(job, tile, row, rows, z, losses);
     if (!job.gradient) continue;
     __syncthreads();
     for (int c = column; group < tile.groups && c < k; c += kThreads * kAtOnce) {
-      Sum* const sum = sums + group * k + c;
-      Sum total[kAtOnce];
-#pragma unroll
-      for (int q = 0; q < kAtOnce; ++q) total[q] = sum[q];
+      Sums total = *reinterpret_cast<const Sums*>(sums + group * k + c);
 #pragma unroll 4
       for (int r = group; r < rows; r += tile.groups) {
         Sums piece;
@@ -136,19 +163,21 @@ __global__ void __launch_bounds__(kThreads, sizeof(Sum) == 8 ? 2 : 3)
         Elements element;
 #pragma unroll
         for (int q = 0; q < kAtOnce; ++q) {
-          total[q] += piece.v[q];
+          total.v[q] += piece.v[q];
           element.v[q] = converted<Element>(piece.v[q]);
         }
         if (job.keep) *reinterpret_cast<Sums*>(own + r * k + c) = piece;
         if (job.g) *reinterpret_cast<Elements*>(job.g + row * k + r * k + c) = element;
       }
-#pragma unroll
-      for (int q = 0; q < kAtOnce; ++q) sum[q] = total[q];
+      *reinterpret_cast<Sums*>(sums + group * k + c) = total;
     }
   }
   __syncthreads();
-  for (int t = thread; t < job.loss.task_count; t += kThreads)
-    job.loss.loss_parts[blockIdx.x * job.loss.task_count + t] = losses[t];
+  for (int t = thread; t < tasks; t += kThreads) {
+    double sum = 0;
+    for (int p = 0; p < tile.parts; ++p) sum += losses[t * tile.parts + p];
+    job.loss.loss_parts[blockIdx.x * job.loss.task_count + t] = sum;
+  }
   if (!job.loss.bias_parts) return;
   for (int c = thread; c < k; c += kThreads) {
     Sum sum = sums[c];
@@ -172,7 +201,7 @@ __global__ void __launch_bounds__(kThreads, 2) logits_loss_kernel(LogitsJob<Elem
         for (int64_t c = task.begin + lane; c < task.begin + task.width; c += 32)
           z[r * job.k + c] += converted<Sum>(job.loss.bias[c * job.loss.bias_stride]);
     __syncwarp();
-    double sum = static_cast<double>(rows_losses<32>(job, t, row, rows, z, job.k));
+    double sum = static_cast<double>(rows_losses<32>(job, t, row, 0, rows, z, job.k));
     __syncwarp();
     if constexpr (sizeof(Element) != sizeof(Sum))
       if (job.g)

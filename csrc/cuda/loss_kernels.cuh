@@ -16,7 +16,7 @@ struct LossJob {
   int64_t bias_stride;
   const DeviceTask* tasks;
   const double* reals;
-  const Sum *labels, *scale;  // label columns, `label_step` apart; [tasks], where one launch does not do all
+  const Sum *labels, *scale;  // label columns, `label_step` apart; [tasks], or null where one launch is to find them
   NormJob norm;
   int64_t task_count, label_step;
   Element* dx;         // or null
@@ -49,7 +49,7 @@ struct FusedShape {
 };
 
 // The losses of a tile, a warp for 32 rows of a task: a row a thread, or a row after the other where the task is wide.
-template <bool kFast, class T>
+template <class T>
 __device__ void tile_losses(const DeviceTask* tasks, const double* reals, int64_t task_count, const T* labels,
                             int64_t label_step, const T* scale, int64_t n, int64_t row, int steps, T* z, int z_row,
                             bool gradient, double* losses) {
@@ -65,8 +65,8 @@ __device__ void tile_losses(const DeviceTask* tasks, const double* reals, int64_
       T* const at = z + (half * 32 + r) * z_row + task.begin;
       const int64_t place = row + half * 32 + r;
       if (place < n)
-        sum += row_loss<T, kLanes, kFast>(task, reals, at, 1, labels + task.label_row * label_step + place, label_step,
-                                          scale[t], gradient, kLanes > 1 ? lane : 0);
+        sum += row_loss<T, kLanes>(task, reals, at, 1, labels + task.label_row * label_step + place, label_step,
+                                   scale[t], gradient, kLanes > 1 ? lane : 0);
       else if (gradient)
         for (int64_t c = kLanes > 1 ? lane : 0; c < task.width; c += kLanes) at[c] = T(0);
     };
@@ -108,10 +108,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   int64_t tile = blockIdx.x;
   load_tile(tiles, Shape::kWeightRow, job.x, tile * kRows, kRows, 0, D);
   cp_async_commit();
-  for (int t = thread / 32; t < job.task_count; t += kWarps) {
-    const Sum own = scale_of<Sum>(job.norm, t, blockIdx.x == 0);
-    if (thread % 32 == 0) scale[t] = own;
-  }
+  finish_labels_first<Sum>(job.norm, job.scale, kWarps, [&](int t, Sum own) { scale[t] = own; });
 
   Product<Engine, K, D, true, true> weight_sum;
   weight_sum.clear();
@@ -139,8 +136,8 @@ __global__ void __launch_bounds__(kThreads, 1)
       logits.each([&](int r, int c, Sum v) { z[r * Shape::kLogitRow + c] = c < k ? v + bias[c] : Sum(0); });
     }
     __syncthreads();
-    tile_losses<sizeof(Element) == 2>(job.tasks, job.reals, job.task_count, job.labels, job.label_step, scale, n, row,
-                                      Shape::kSteps, z, Shape::kLogitRow, gradient, losses);
+    tile_losses(job.tasks, job.reals, job.task_count, job.labels, job.label_step, scale, n, row, Shape::kSteps, z,
+                Shape::kLogitRow, gradient, losses);
     if (!gradient) continue;
     __syncthreads();
     if constexpr (!Shape::kOne)

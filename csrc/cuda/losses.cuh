@@ -48,29 +48,12 @@ __device__ T lanes_max(T v) {
   return v;
 }
 
-// Of float32 numbers by the device's approximations (device.cuh) where kFast: for embeddings of 16 bits, whose logits
-// are less exact than those.
-template <bool kFast, class T>
-__device__ T exponential(T v) {
-  if constexpr (kFast) return fast_exp(v);
-  return exp(v);
-}
-// log(1 + v) for v >= 0, also where it is small.
-template <bool kFast, class T>
-__device__ T log_of_one_and(T v) {
-  if constexpr (kFast) {
-    const T series = v * (1.0f + v * (-0.5f + v * (0.33333333f + v * (-0.25f + v * 0.2f))));
-    return v < 0.03125f ? series : fast_log(1.0f + v);
-  }
-  return log1p(v);
-}
-
 // With class weights w, smoothing e and W = sum of w, of a row with class y:
 //   loss = (1 - e) w_y (lse - z_y) + e / C sum_c w_c (lse - z_c)
 //   gradient_c = p_c ((1 - e) w_y + e W / C) - [c = y] (1 - e) w_y - e w_c / C
 // Exponentials as large as that of the largest logit are counted, not added, and one of them is left out, so that
 // log(1 + rest) is accurate where the loss is small.
-template <bool kFast, class T, int kLanes>
+template <class T, int kLanes>
 __device__ T cross_entropy(const DeviceTask& task, const double* reals, T* z, int64_t step, T label, T scale,
                            bool gradient, int lane) {
   const int width = static_cast<int>(task.width);
@@ -96,14 +79,14 @@ __device__ T cross_entropy(const DeviceTask& task, const double* reals, T* z, in
   if constexpr (kLanes > 1) __syncwarp(lanes_mask<kLanes>());  // all have read it: the logits become exponentials
   T rest = T(0), ones = T(0);
   for (int c = lane; c < width; c += kLanes) {
-    const T e = exponential<kFast>(z[c * step] - largest);
+    const T e = exp(z[c * step] - largest);
     rest += e >= T(1) ? T(0) : e;
     ones += e >= T(1) ? T(1) : T(0);
     if (gradient) z[c * step] = e;
   }
   rest = lanes_sum<kLanes>(rest) + (lanes_sum<kLanes>(ones) - T(1));
   // As inf - inf in a softmax: an infinite logit gives NaN.
-  const T log_total = log_of_one_and<kFast>(rest) + (largest - largest);
+  const T log_total = log1p(rest) + (largest - largest);
   const T weight = (weights ? static_cast<T>(weights[own]) : T(1)) * (T(1) - smoothing);
   T loss = weight * (log_total - at_own);
   if (smoothing > T(0)) loss += share * (spread + all * log_total);
@@ -164,7 +147,7 @@ __device__ T gaussian_loss(T* mean, T* log_variance, T y, T scale, bool gradient
 
 // One row of one task: returns this lane's part of its loss; with `gradient`, z becomes scale * d loss / d z.
 // Logit c lies at z[c * step], label c at labels[c * label_step].
-template <class T, int kLanes, bool kFast>
+template <class T, int kLanes>
 __device__ T row_loss(const DeviceTask& task, const double* reals, T* z, int64_t step, const T* labels,
                       int64_t label_step, T scale, bool gradient, int lane) {
   if (!task.counts) {
@@ -173,7 +156,7 @@ __device__ T row_loss(const DeviceTask& task, const double* reals, T* z, int64_t
     return T(0);
   }
   if (task.loss == Loss::kCrossEntropy)
-    return cross_entropy<kFast, T, kLanes>(task, reals, z, step, labels[0], scale, gradient, lane);
+    return cross_entropy<T, kLanes>(task, reals, z, step, labels[0], scale, gradient, lane);
   const int64_t columns = task.labels.columns;
   T sum = T(0);
   for (int64_t c = lane; c < columns; c += kLanes) {

@@ -141,7 +141,6 @@ struct Run {
       job.bias_stride = call.bias->stride(0);
     }
     job.labels = labels;
-    job.scale = scale_;
     job.norm = {job.tasks,
                 call.need_gramian ? nullptr : weight_,
                 label_job.counts,
@@ -153,6 +152,7 @@ struct Run {
     job.task_count = count;
     job.dx = call.need_x ? static_cast<Element*>(call.dx.mutable_data_ptr()) : nullptr;
     job.need_sums = call.need_weight || call.need_bias;
+    job.scale = finishes_labels_soon(job.norm) ? nullptr : finished_labels();
     if (call.need_gramian || !(in_warps() || fused())) through_memory(tasks_across);
   }
 
@@ -178,6 +178,11 @@ struct Run {
     for (int64_t c = 0; slots_fit_ && c < t.width; c += 8)
       slots_.push_back({static_cast<int>(t.begin + c), static_cast<int>(std::min<int64_t>(8, t.width - c))});
     if (!slots_fit_) slots_.clear(), warp_tasks_.clear();
+  }
+
+  const Sum* finished_labels() {
+    check_launch(finish_labels<Sum>(job.norm, scale_, stream), kName);
+    return scale_;
   }
 
   // Sums of the blocks: gradients of the parameters, and losses.
@@ -262,17 +267,6 @@ struct Run {
     check_launch(sum_parts(parts, number, size, static_cast<Element*>(out.mutable_data_ptr()), stream), kName);
   }
 
-  // The tile of logits that fits shared memory, with more rows where three blocks of them do; or none.
-  LogitTile logit_tile_for(bool narrow, int at_once) {
-    constexpr size_t kThird = 72 << 10;
-    const auto most = static_cast<size_t>(std::min<int64_t>(112 << 10, max_shared(call.x)));
-    if (k > int64_t(1) << 15 || count > int64_t(1) << 15) return {};
-    for (const int rows : {32, 8}) {
-      const LogitTile tile = logit_tile<Sum>(rows, count, k, narrow, at_once);
-      if (tile.shared <= (rows == 32 ? kThird : most)) return tile;
-    }
-    return {};
-  }
   template <int kAtOnce>
   void tiles_of_logits(const LogitsJob<Element, Sum>& with, const LogitTile& tile, int64_t blocks) {
     const auto kernel = logit_tiles_kernel<Element, Sum, kAtOnce>;
@@ -285,10 +279,10 @@ struct Run {
   // wanted. Returns whether these are there.
   bool losses_of_logits(LogitsJob<Element, Sum> with, unsigned tasks_across) {
     constexpr int64_t kMostBlocks = 1024;  // a number that no device decides, so that no sum depends on it
-    bool narrow = true;
-    for (const TaskSpec& t : call.tasks.specs) narrow = narrow && t.width <= kNarrowTask;
-    const int at_once = !narrow && k % 4 == 0 ? 4 : k % 2 == 0 ? 2 : 1;
-    const LogitTile tile = logit_tile_for(narrow, at_once);
+    int64_t wide = 0;
+    for (const TaskSpec& t : call.tasks.specs) wide += t.width > kNarrowTask;
+    const int at_once = wide > 0 && k % 4 == 0 ? 4 : k % 2 == 0 ? 2 : 1;
+    const LogitTile tile = logit_tile<Sum>(n, count, wide, k, at_once);
     const bool tiled = tile.rows > 0, sums = tiled && call.need_bias;
     const int64_t rows = tiled ? tile.rows : kThreads;
     int64_t blocks = std::max<int64_t>(1, (n + rows - 1) / rows);
@@ -317,7 +311,7 @@ struct Run {
 
   // Logits, then losses and gradients at the logits, then a product for each gradient.
   void through_memory(unsigned tasks_across) {
-    check_launch(finish_labels<Sum>(job.norm, scale_, stream), kName);
+    if (!job.scale) job.scale = finished_labels();
     const bool wants = gradient() || call.need_gramian, some = n > 0 && d > 0;
     constexpr bool kOne = sizeof(Element) == sizeof(Sum);
     Tensor logits = empty_on(call.x, {n, k}, call.per_task.scalar_type());
@@ -359,7 +353,7 @@ struct Run {
   // are not rounded: what cancels in a sum over the rows would otherwise be lost.
   void gramian(const View<Sum>& gradients) {
     using Wide = std::conditional_t<sizeof(Sum) == 8, Exact64, Exact32>;
-    const int64_t rows = std::max<int64_t>(1, (int64_t(1) << 24) / k);
+    const int64_t rows = std::max<int64_t>(1, (int64_t(1) << 24) / std::max<int64_t>(1, k));
     const std::vector<TaskSpec>& specs = call.tasks.specs;
     for (int64_t first = 0; first < count;) {
       int64_t last = first + 1;

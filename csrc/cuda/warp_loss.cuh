@@ -92,6 +92,12 @@ __device__ void warp_logits(const Element* x, const Element* weight, int row, in
   }
 }
 
+// log(1 + x) for x >= 0, also where it is small.
+__device__ inline float fast_log1p(float x) {
+  const float series = x * (1.0f + x * (-0.5f + x * (0.33333333f + x * (-0.25f + x * 0.2f))));
+  return x < 0.03125f ? series : fast_log(1.0f + x);
+}
+
 // Losses of the warp's rows, added to losses[task], and their gradients at the logits, to g. A lane has a row of a
 // task. Maths as in losses.cuh; what is as large as the largest logit is counted, not added, so that the rest keeps its
 // digits. Columns that fill up a fragment have logits of -inf, which add nothing.
@@ -127,7 +133,7 @@ __device__ void warp_losses(const WarpTask* tasks, int task_count, int first, in
       own[p] = four;
     }
     const float beside = rest + (rintf(all - rest) - 1.0f);
-    float loss = missing ? 0.0f : log_of_one_and<true>(beside) - at_label;
+    float loss = missing ? 0.0f : fast_log1p(beside) - at_label;
     const float factor = fast_divide(task.scale, 1.0f + beside);
     const float at_own = reinterpret_cast<const float*>(own)[label] * factor - task.scale;
     struct alignas(16) Eight {
@@ -219,10 +225,7 @@ __global__ void __launch_bounds__(WarpLossShape<Engine, K, D>::kBlock, WarpLossS
     load_tile<kPiecesAtOnce>(weight + j * 8 * kRow, kRow, own, slots[j].begin, 8, 0, D, thread, kBlock);
   }
   cp_async_commit();
-  for (int t = warp; t < warp_job.task_count; t += Shape::kCount) {
-    const float own = scale_of<float>(job.norm, t, blockIdx.x == 0);
-    if (lane == 0) tasks[t].scale = own;
-  }
+  finish_labels_first<float>(job.norm, job.scale, Shape::kCount, [&](int t, float own) { tasks[t].scale = own; });
   for (int i = thread; i < K; i += kBlock) {
     const Slot& s = slots[i / 8];
     const float own = job.bias && i % 8 < s.count ? to_float(job.bias[(s.begin + i % 8) * job.bias_stride]) : 0.0f;

@@ -92,6 +92,11 @@ void fused(int64_t n, int64_t d, int64_t classes, double eps) {
   const int64_t k = classes + 2, blocks = 2;
   const std::vector<T> x = numbers<T>(n * d, 1), w = numbers<T>(k * d, 0.3), bias = numbers<T>(k, 1);
   std::vector<float> labels(3 * n), scale = {0.5f, 0.25f, 2.0f};
+  // The kernel finds these factors: weights over the sum of what two blocks have counted.
+  const std::vector<double> weight = {2, 1, 8}, norms(6, NAN);
+  const std::vector<long long> counts = {1, 3, 2, 2, 4, 0};
+  std::vector<long long> count_out(3);
+  std::vector<double> norm_out(3);
   for (int64_t r = 0; r < n; ++r) {
     labels[r] = r % 3 == 0 ? NAN : static_cast<float>(r % 5) - 2;
     labels[n + r] = static_cast<float>(r % classes);
@@ -111,21 +116,23 @@ void fused(int64_t n, int64_t d, int64_t classes, double eps) {
   std::vector<T> dx(n * d);
   std::vector<float> weight_parts(blocks * k * d), bias_parts(blocks * k);
   std::vector<double> loss_parts(blocks * 3);
-  const LossJob<T, float> job{view_of<T>(x.data(), n, d, d, 1),
-                              view_of<T>(w.data(), k, d, d, 1),
-                              bias.data(),
-                              1,
-                              tasks,
-                              nullptr,
-                              labels.data(),
-                              scale.data(),
-                              3,
-                              n,
-                              dx.data(),
-                              true,
-                              weight_parts.data(),
-                              bias_parts.data(),
-                              loss_parts.data()};
+  const LossJob<T, float> job{
+      view_of<T>(x.data(), n, d, d, 1),
+      view_of<T>(w.data(), k, d, d, 1),
+      bias.data(),
+      1,
+      tasks,
+      nullptr,
+      labels.data(),
+      nullptr,
+      {tasks, weight.data(), counts.data(), norms.data(), 3, 2, count_out.data(), norm_out.data()},
+      3,
+      n,
+      dx.data(),
+      true,
+      weight_parts.data(),
+      bias_parts.data(),
+      loss_parts.data()};
   const auto kernel = fused_loss_kernel<Engine, K, D>;
   check(allow_shared(kernel, FusedShape<Engine, K, D>::kShared));
   check(launch(kernel, dim3(blocks), dim3(kThreads), FusedShape<Engine, K, D>::kShared, nullptr, job));
@@ -153,7 +160,11 @@ void fused(int64_t n, int64_t d, int64_t classes, double eps) {
     exact.row(r, g, x, w, dx, eps);
   }
   exact.check(weight_parts, bias_parts, n, eps, eps);
-  for (int t = 0; t < 3; ++t) expect(loss_parts[t] + loss_parts[3 + t], loss[t], loss[t], eps);
+  for (int t = 0; t < 3; ++t) {
+    expect(loss_parts[t] + loss_parts[3 + t], loss[t], loss[t], eps);
+    expect(static_cast<double>(count_out[t]), 4, 0, 0);
+    expect(norm_out[t], 4, 0, 0);
+  }
 }
 
 // Cross-entropy in the rows of warps: tasks of `classes`, 3 without labels, and 9, two fragments.
@@ -188,6 +199,7 @@ void warps(int64_t n, int64_t d, int64_t classes, double eps) {
   job.loss.labels = labels.data();
   job.loss.label_step = step;
   job.loss.scale = scale.data();
+  job.loss.norm.task_count = 3;
   job.loss.task_count = 3;
   job.loss.dx = dx.data();
   job.loss.need_sums = true;
