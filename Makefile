@@ -6,8 +6,13 @@ DATASET ?= digits
 ROOT ?=
 OUT ?= demo_output
 
+# Files of tests at a time, each in a process of its own.
+JOBS ?= 2
+
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+# Threads that wait leave their core to the other process.
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 # Stamps are named after what they hold, so that another torch makes a new installation.
 BASE := $(VENV)/.torch-$(TORCH)
 
@@ -41,7 +46,7 @@ mimo: $(VENV)/.demo-$(TORCH)
 	$(BIN)/python examples/mimo.py $(if $(ROOT),--root $(ROOT))
 
 test: $(VENV)/.test-$(TORCH)
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 # Values of the emulated CUDA kernels, in a library with AddressSanitizer and UndefinedBehaviorSanitizer.
 test-sanitized: $(VENV)/.test-$(TORCH)
@@ -52,7 +57,7 @@ SCATTER_TESTS := $(wildcard $(foreach name,adjacency aggregate conv* cora_tasks 
   shared_representation tox21 toxcast,tests/test_$(name).py))
 
 test-scatter: $(VENV)/.scatter-$(TORCH)
-	$(BIN)/python -m pytest $(SCATTER_TESTS)
+	$(PYTEST) $(SCATTER_TESTS)
 
 lint: $(VENV)/.lint-$(TORCH)
 	$(BIN)/ruff check .

@@ -108,10 +108,10 @@ def test_a_matrix_of_labels_is_a_dict_of_columns(any_backend: str) -> None:
 
 
 # Few and many tasks, narrow and wide ones side by side, columns that are a multiple of 4, of 2 and neither; more
-# columns than fit a block; more rows than a tile has where there is one task.
+# columns than fit a block.
 COLUMNS = (
-    *((70, 130, (20, 20, 20, 64)), (70, 130, (21, 33)), (37, 3, (1000,)), (300, 130, (3,) * 5), (41, 130, (2,) * 300)),
-    *((21, 130, (1,) * 1501), (19, 3, (701, 800)), (9, 2, (3001, 2)), (66_000, 1, (3,)), (0, 130, (40, 2))),
+    *((40, 130, (20, 20, 20, 64)), (40, 130, (21, 33)), (13, 2, (1000,)), (70, 130, (3,) * 5), (41, 2, (2,) * 300)),
+    *((13, 2, (1,) * 1501), (9, 2, (701, 800)), (2, 1, (3001, 2)), (0, 130, (40, 2))),
 )
 
 
@@ -120,7 +120,12 @@ COLUMNS = (
 def test_values_of_few_and_many_columns(fused: None, n: int, d: int, widths: tuple[int, ...], dtype: Any) -> None:
     tasks = {f"t{i}": mtl.Task(c, loss="cross_entropy" if c > 1 else "bce") for i, c in enumerate(widths)}
     check_values(problem(n, d, dtype, tasks))
-    check_values(problem(min(n, 100), d, dtype, tasks), gramian=len(tasks) < 10)
+    if len(tasks) < 10 and sum(widths) <= 1000:
+        check_values(problem(n, d, dtype, tasks), gramian=True)
+
+
+def test_many_rows_of_one_task(fused: None) -> None:
+    check_values(problem(66_000, 1, torch.float64, {"one": mtl.Task(3, loss="cross_entropy")}))
 
 
 @pytest.mark.parametrize("dtype", (torch.int8, torch.int16, torch.int32, torch.uint8, torch.bool), ids=str)
