@@ -207,7 +207,10 @@ class MultiTaskHeads(nn.Module):
         return Hidden(self.act, self.dropout, seed)
 
     def loss(self, x: Tensor, y: Labels, task: str | int | Tensor | None = None, gramian: bool = False) -> TaskLosses:
-        r"""Computes all losses from the shared embedding in one pass; the logits ``[N, K]`` are never made.
+        r"""Computes all losses from the shared embedding in one pass.
+
+        The logits ``[N, K]`` are never made, but for linear heads on a GPU of more than 128 columns or inputs, or of
+        float64.
 
         A task's loss is the mean over its labelled entries (cross-entropy with class weights: the weighted mean, as
         ``torch.nn.functional.cross_entropy`` takes it), and 0 where there are none. Backward through ``.total`` finds
@@ -233,6 +236,7 @@ class MultiTaskHeads(nn.Module):
             ValueError: A shape or device does not fit, no task has a loss, or a label is out of range
                 (:class:`torch_mtl_pyg.labels.LabelError`, also an IndexError, which names task, value and row).
             IndexError: A task index is not in ``[0, T)``.
+            RuntimeError: A task has more classes than the compiled kernels can tell apart, 2^24 + 1 of float32.
         """
         if gramian is not True and gramian is not False:
             raise TypeError(f"gramian: expected a bool, got {type(gramian).__name__}.")

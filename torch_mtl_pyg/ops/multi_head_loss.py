@@ -14,9 +14,10 @@ its labelled entries :math:`(n, c)`,
     \frac{\partial}{\partial W_t} = v_t G^{t\top} X, \quad
     \frac{\partial}{\partial b_t} = v_t \sum_n G^t_n .
 
-The op computes logits, losses and these gradients over tiles of rows: no ``[N, K]`` tensor is ever made. The weights
-:math:`v_t` must be known for that; they are, for ``total``. Where a backward comes with other weights (through
-``per_task``: learned weights, or weights from the Gramian), the op runs again with those.
+The op computes logits, losses and these gradients over tiles of rows: no ``[N, K]`` tensor is ever made, but on a GPU
+for more than 128 columns or inputs, float64 or the Gramian (csrc/README.md says why). The weights :math:`v_t` must be
+known for that; they are, for ``total``. Where a backward comes with other weights (through ``per_task``: learned
+weights, or weights from the Gramian), the op runs again with those.
 
 The Gramian :math:`\mathcal G_{ij} = \langle G^i W_i, G^j W_j \rangle` needs no ``[T, N, D]`` Jacobian: with
 :math:`S = G^\top G` and :math:`P = W W^\top`, both ``[K, K]``, it is the sum of :math:`S \odot P` over the block of
