@@ -78,6 +78,7 @@ bench: $(VENV)/.test-$(TORCH)
 	$(BIN)/python benchmarks/bench_conv.py
 	$(BIN)/python benchmarks/bench_routed.py
 	$(BIN)/python benchmarks/bench_mlp.py
+	$(BIN)/python benchmarks/bench_small.py
 
 # The snippets of README.md and docs/ run as tests.
 docs: $(VENV)/.test-$(TORCH)

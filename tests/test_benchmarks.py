@@ -13,7 +13,7 @@ from conftest import require_fused
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 
 
-@pytest.mark.parametrize(("name", "cases"), (("mlp", 2), ("routed", 2)))
+@pytest.mark.parametrize(("name", "cases"), (("mlp", 2), ("routed", 2), ("small", 2)))
 def test_quick_run(name: str, cases: int, tmp_path: Path) -> None:
     require_fused()
     figures = tmp_path / "figures.json"
