@@ -28,7 +28,7 @@ GOOD = (
 KERNELS = (
     *(f"products_{kind}" for kind in ("float32", "float64", "tf32", "bfloat16", "float16")),
     *(f"fused_{kind}" for kind in ("float32", "tf32", "bfloat16", "float16")),
-    *("warps_bfloat16", "warps_float16"),
+    *("warps_bfloat16", "warps_float16", "logits_float32", "logits_float64", "logits_bfloat16"),
 )
 GRAPHS = tuple(f"graphs_{kind}" for kind in ("float32", "float64", "bfloat16", "float16", "refused"))
 LACKING = ("no_wait", "no_barrier_behind_a_wait", "no_barrier", "no_warp_barrier", "no_meeting", "no_memory_there")

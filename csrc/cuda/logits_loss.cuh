@@ -40,7 +40,7 @@ __device__ Sum rows_losses(const LogitsJob<Element, Sum>& job, int64_t t, int64_
   return sum;
 }
 
-// A tile in shared memory: losses [parts, tasks], the bias [k], the sums of gradients [groups, k], then its rows.
+// A tile in shared memory: losses [tasks, parts], the bias [k], the sums of gradients [groups, k], then its rows.
 constexpr int kNarrowTask = 32;   // columns at most of a task of which a lane has a row
 constexpr int kNarrowInWide = 4;  // the same beside wider ones, where rows lie for eight lanes each
 struct LogitTile {
@@ -50,27 +50,35 @@ struct LogitTile {
   int narrow;     // columns at most of a task of which a lane has a row
   size_t shared;
 };
-// Tiles take what three blocks of a multiprocessor have room for, or 96 KiB; else none (rows 0). Rows: at least 32
-// where a lane has one, and more where there are few tasks; what no device decides, so that no sum depends on it.
+// Widths of tasks: how many there are, and how many beyond either border.
+struct TaskWidths {
+  int64_t count, beyond_narrow, beyond_narrow_in_wide;
+};
+// Tiles take a third of a multiprocessor of capability 9.0, or with 8 rows up to 96 KiB; else there is none (rows 0).
+// By the shape alone, so that no sum depends on the device.
 template <class Sum>
-LogitTile logit_tile(int64_t n, int64_t task_count, int64_t wide_count, int64_t k, int at_once) {
-  constexpr int64_t kThird = 72 << 10, kMost = 96 << 10;
+LogitTile logit_tile(int64_t n, const TaskWidths& tasks, int64_t k, int at_once) {
+  constexpr size_t kThird = 75 << 10, kMost = 96 << 10;
+  constexpr int64_t kMostLosses = 1024;
   if (k < 1 || k > int64_t(1) << 15) return {};
+  const bool wide = tasks.beyond_narrow > 0;
+  const int64_t shared_out = wide ? tasks.beyond_narrow_in_wide : tasks.count;
   const int width = static_cast<int>(k), pieces = width / at_once;
   for (const int rows : {256, 128, 64, 32, 16, 8}) {
     // More than 32 where lanes have rows of few tasks, no more than give every warp something to do, and many tiles.
-    if (rows > 32 && (wide_count > 0 || rows / 64 * task_count >= kWarps || n / rows < 1024)) continue;
-    const int most_parts = wide_count > 0 ? rows / 4 : std::max(1, rows / 32);
+    if (rows > 32 && (wide || rows / 64 * tasks.count >= kWarps || n / rows < 1024)) continue;
+    const int most_parts = wide ? rows / 4 : std::max(1, rows / 32);
     LogitTile tile{rows,
-                   wide_count > 0 ? (width + 23) / 32 * 32 + 8 : width | 1,
+                   wide ? (width + 23) / 32 * 32 + 8 : width | 1,
                    pieces < kThreads ? std::min(kThreads / pieces, rows) : 1,
                    1,
-                   wide_count > 0 ? kNarrowInWide : kNarrowTask,
+                   wide ? kNarrowInWide : kNarrowTask,
                    0};
-    while (tile.parts < most_parts && tile.parts * task_count < kWarps) tile.parts *= 2;
+    while (tile.parts < most_parts && tile.parts * shared_out < kWarps && 2 * tile.parts * tasks.count <= kMostLosses)
+      tile.parts *= 2;
     const int64_t numbers = round_up(width, 4) + round_up(tile.groups * width, 4) + int64_t(rows) * tile.row;
     tile.shared =
-        static_cast<size_t>((tile.parts * task_count + 1) / 2 * 2 * 8 + numbers * static_cast<int64_t>(sizeof(Sum)));
+        static_cast<size_t>((tile.parts * tasks.count + 1) / 2 * 2 * 8 + numbers * static_cast<int64_t>(sizeof(Sum)));
     if (tile.shared <= kThird || (rows == 8 && tile.shared <= kMost)) return tile;
   }
   return {};
@@ -95,13 +103,16 @@ __device__ void logit_tile_losses(const LogitsJob<Element, Sum>& job, const Logi
     for (int offset = lanes / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
     if (own && lane % lanes == 0) losses[i] += sum;
   }
-  for (int i = warp; i < items; i += kWarps) {
-    const int t = i / tile.parts, first = i % tile.parts * of_part;
+  int wide_items = 0;
+  for (int t = 0; t < static_cast<int>(job.loss.task_count); ++t) {
     if (job.loss.tasks[t].width <= tile.narrow) continue;
-    const int last = first + of_part < rows ? first + of_part : rows;
-    const Sum sum = rows_losses<8>(job, t, row, first, last, z, tile.row);
-    const double all = lanes_sum<32>(static_cast<double>(sum));
-    if (lane == 0) losses[i] += all;
+    for (int part = 0; part < tile.parts; ++part, ++wide_items) {
+      if (wide_items % kWarps != warp) continue;
+      const int first = part * of_part, last = first + of_part < rows ? first + of_part : rows;
+      const Sum sum = rows_losses<8>(job, t, row, first, last, z, tile.row);
+      const double all = lanes_sum<32>(static_cast<double>(sum));
+      if (lane == 0) losses[t * tile.parts + part] += all;
+    }
   }
 }
 

@@ -214,7 +214,8 @@ struct Run {
   }
   template <class Kernel, class Job>
   void launch_persistent(Kernel kernel, int64_t blocks, int threads, size_t shared, const Job& with) {
-    check_launch(allow_shared(kernel, shared), kName);
+    // As much as there is, whatever this call takes: another thread of the host may be launching the same kernel.
+    check_launch(allow_shared(kernel, static_cast<size_t>(max_shared(call.x))), kName);
     check_launch(launch(kernel, dim3(static_cast<unsigned>(blocks)), dim3(threads), shared, stream, with), kName);
     add_up(blocks);
   }
@@ -270,7 +271,7 @@ struct Run {
   template <int kAtOnce>
   void tiles_of_logits(const LogitsJob<Element, Sum>& with, const LogitTile& tile, int64_t blocks) {
     const auto kernel = logit_tiles_kernel<Element, Sum, kAtOnce>;
-    check_launch(allow_shared(kernel, tile.shared), kName);
+    check_launch(allow_shared(kernel, static_cast<size_t>(max_shared(call.x))), kName);
     check_launch(launch(kernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), tile.shared, stream, with, tile),
                  kName);
   }
@@ -279,10 +280,13 @@ struct Run {
   // wanted. Returns whether these are there.
   bool losses_of_logits(LogitsJob<Element, Sum> with, unsigned tasks_across) {
     constexpr int64_t kMostBlocks = 1024;  // a number that no device decides, so that no sum depends on it
-    int64_t wide = 0;
-    for (const TaskSpec& t : call.tasks.specs) wide += t.width > kNarrowTask;
-    const int at_once = wide > 0 && k % 4 == 0 ? 4 : k % 2 == 0 ? 2 : 1;
-    const LogitTile tile = logit_tile<Sum>(n, count, wide, k, at_once);
+    TaskWidths widths{count, 0, 0};
+    for (const TaskSpec& t : call.tasks.specs) {
+      widths.beyond_narrow += t.width > kNarrowTask;
+      widths.beyond_narrow_in_wide += t.width > kNarrowInWide;
+    }
+    const int at_once = widths.beyond_narrow > 0 && k % 4 == 0 ? 4 : k % 2 == 0 ? 2 : 1;
+    const LogitTile tile = logit_tile<Sum>(n, widths, k, at_once);
     const bool tiled = tile.rows > 0, sums = tiled && call.need_bias;
     const int64_t rows = tiled ? tile.rows : kThreads;
     int64_t blocks = std::max<int64_t>(1, (n + rows - 1) / rows);
@@ -290,6 +294,8 @@ struct Run {
     Scratch parts;
     parts.add(&with.loss.loss_parts, blocks * count);
     parts.add(&with.loss.bias_parts, sums ? blocks * k : 0);
+    double* task_sums;
+    parts.add(&task_sums, count);
     parts.make(call.x);
     if (!sums) with.loss.bias_parts = nullptr;
     job.loss_parts = with.loss.loss_parts;
@@ -304,8 +310,16 @@ struct Run {
     else
       tiles_of_logits<1>(with, tile, blocks);
     PartsJob<Sum, Element> of_bias{};
+    int64_t blocks_of_losses = blocks;
     if (sums) of_bias = {with.loss.bias_parts, blocks, k, static_cast<Element*>(call.db.mutable_data_ptr())};
-    check_launch(finish<Sum, Element>({}, of_bias, losses(blocks), stream), kName);
+    // The last launch has one block for all losses, which would be slow to add up the parts of many tasks.
+    constexpr int64_t kFewTasks = 32;
+    if (count > kFewTasks && blocks > 1) {
+      check_launch(sum_parts(static_cast<const double*>(job.loss_parts), blocks, count, task_sums, stream), kName);
+      job.loss_parts = task_sums;
+      blocks_of_losses = 1;
+    }
+    check_launch(finish<Sum, Element>({}, of_bias, losses(blocks_of_losses), stream), kName);
     return sums;
   }
 

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "common.h"
+#include "cuda/logits_loss.cuh"
 #include "cuda/warp_loss.cuh"
 
 using namespace mtl;
@@ -240,6 +241,96 @@ void warps(int64_t n, int64_t d, int64_t classes, double eps) {
   for (int t = 0; t < 3; ++t) expect(loss_parts[t] + loss_parts[3 + t], loss[t], loss[t], 64 * 0x1p-24);
 }
 
+// Losses of logits in memory, in tiles for `planned` rows, of which there are `n`: gradients in both types, their
+// columns' sums, losses. `rows`, `parts`: the tile that is to come out.
+template <class Element, class Sum, int kAtOnce>
+void logits(int64_t planned, int64_t n, const std::vector<int64_t>& widths, int rows, int parts, double eps) {
+  const int64_t count = static_cast<int64_t>(widths.size()), blocks = 2;
+  TaskWidths of_tasks{count, 0, 0};
+  std::vector<DeviceTask> tasks(count);
+  int64_t k = 0;
+  for (int64_t t = 0; t < count; ++t) {
+    of_tasks.beyond_narrow += widths[t] > kNarrowTask;
+    of_tasks.beyond_narrow_in_wide += widths[t] > kNarrowInWide;
+    tasks[t] = {};
+    tasks[t].begin = k;
+    tasks[t].width = widths[t];
+    tasks[t].label_row = t;
+    tasks[t].numbers = -1;
+    tasks[t].labels.columns = 1;
+    tasks[t].loss = Loss::kCrossEntropy;
+    tasks[t].counts = true;
+    k += widths[t];
+  }
+  const LogitTile tile = logit_tile<Sum>(planned, of_tasks, k, kAtOnce);
+  expect(tile.rows, rows, 0, 0);
+  expect(tile.parts, parts, 0, 0);
+  const std::vector<Sum> before = numbers<Sum>(n * k, 2);
+  const std::vector<Element> bias = numbers<Element>(k, 1);
+  std::vector<Sum> z = before, labels(count * n), scale(count), bias_parts(blocks * k);
+  std::vector<Element> g(n * k);
+  for (int64_t t = 0; t < count; ++t) {
+    scale[t] = static_cast<Sum>(0.25 * static_cast<double>(t % 3 + 1));
+    for (int64_t r = 0; r < n; ++r)
+      labels[t * n + r] = (r + t) % 4 == 0 ? static_cast<Sum>(NAN) : static_cast<Sum>(r % widths[t]);
+  }
+  std::vector<double> loss_parts(blocks * count);
+  LogitsJob<Element, Sum> job{};
+  job.loss.bias = bias.data();
+  job.loss.bias_stride = 1;
+  job.loss.tasks = tasks.data();
+  job.loss.labels = labels.data();
+  job.loss.scale = scale.data();
+  job.loss.task_count = count;
+  job.loss.label_step = n;
+  job.loss.bias_parts = bias_parts.data();
+  job.loss.loss_parts = loss_parts.data();
+  job.n = n;
+  job.k = k;
+  job.z = z.data();
+  job.g = sizeof(Element) == sizeof(Sum) ? nullptr : g.data();
+  job.gradient = job.add_bias = job.keep = true;
+  const auto kernel = logit_tiles_kernel<Element, Sum, kAtOnce>;
+  check(allow_shared(kernel, tile.shared));
+  check(launch(kernel, dim3(blocks), dim3(kThreads), tile.shared, nullptr, job, tile));
+
+  std::vector<double> sums(k);
+  for (int64_t t = 0; t < count; ++t) {
+    double loss = 0;
+    for (int64_t r = 0; r < n; ++r) {
+      double total = 0;
+      const auto at = [&](int64_t c) {
+        return number(before[r * k + tasks[t].begin + c]) + number(bias[tasks[t].begin + c]);
+      };
+      for (int64_t c = 0; c < widths[t]; ++c) total += exp(at(c));
+      const double y = static_cast<double>(labels[t * n + r]);
+      if (y == y) loss += log(total) - at(static_cast<int64_t>(y));
+      for (int64_t c = 0; c < widths[t]; ++c) {
+        const double exact = y == y ? (exp(at(c)) / total - (c == y)) * static_cast<double>(scale[t]) : 0;
+        const int64_t place = r * k + tasks[t].begin + c;
+        sums[tasks[t].begin + c] += exact;
+        expect(number(z[place]), exact, 1, eps);
+        if (job.g) expect(number(g[place]), exact, fabs(exact), 0x1p-8);
+      }
+    }
+    expect(loss_parts[t] + loss_parts[count + t], loss, loss + static_cast<double>(n), eps);
+  }
+  for (int64_t c = 0; c < k; ++c)
+    expect(number(bias_parts[c]) + number(bias_parts[k + c]), sums[c], static_cast<double>(n), eps);
+}
+template <class Element, class Sum>
+void logits(double eps) {
+  const int64_t million = 1 << 20;
+  const std::vector<int64_t> nine(9, 2);
+  logits<Element, Sum, 1>(million, 300, {3}, 256, 8, eps);
+  logits<Element, Sum, 2>(million, 300, {3, 3}, 128, 4, eps);
+  logits<Element, Sum, 1>(million, 100, {3, 3, 3, 3, 3}, 64, 2, eps);
+  logits<Element, Sum, 2>(million, 70, nine, 32, 1, eps);
+  logits<Element, Sum, 4>(70, 70, {40}, 32, 8, eps);
+  logits<Element, Sum, 1>(70, 70, {40, 2, 1}, 32, 8, eps);
+  logits<Element, Sum, 4>(70, 70, {2, 34, 4, 5, 3, 36}, 32, 4, eps);
+}
+
 void run(const std::string& name) {
   const double single = 64 * 0x1p-24, half = 4 * 0x1p-8;
   if (name == "products_float32") products<Exact32>(single);
@@ -260,6 +351,13 @@ void run(const std::string& name) {
     warps<TensorBFloat16, 128, 128>(300, 128, 100, half);
     warps<TensorBFloat16, 32, 64>(200, 50, 5, half);
   }
+  if (name == "logits_float32") {
+    logits<float, float>(single);
+    logits<float, float, 4>(20, 20, {600, 2, 2}, 16, 4, single);
+    logits<float, float, 4>(20, 20, {1100, 2, 2}, 8, 2, single);
+  }
+  if (name == "logits_float64") logits<double, double>(64 * 0x1p-53);
+  if (name == "logits_bfloat16") logits<BFloat16, float>(single);
   if (name == "warps_float16") warps<TensorFloat16, 64, 128>(140, 72, 16, half / 8);
   if (name == "fused_float16") fused<TensorFloat16, 128, 64>(65, 33, 40, half / 8);
 }
