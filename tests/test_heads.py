@@ -90,6 +90,18 @@ def test_one_task_alone(any_backend: str) -> None:
     assert torch.equal(heads.bias.grad, torch.zeros(14).index_fill_(0, torch.arange(14)[rows], 5.0))
 
 
+def test_attributes_of_a_subclass_are_asked(any_backend: str) -> None:
+    """As Pyro's modules are, which draw parameters where they are read."""
+
+    class Drawn(mtl.MultiTaskHeads):
+        def __getattr__(self, name: str) -> Any:
+            value = super().__getattr__(name)
+            return value * 0 + 2 if name == "weight" else value
+
+    heads = Drawn(3, {"a": 2}, bias=False)
+    assert torch.equal(heads(torch.ones(1, 3))["a"], torch.full((1, 2), 6.0))
+
+
 def test_rows_routed_to_their_task(any_backend: str) -> None:
     tasks = {**TASKS, "never": 3}
     heads = mtl.MultiTaskHeads(8, tasks).double()

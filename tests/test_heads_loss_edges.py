@@ -209,3 +209,31 @@ def test_direct_calls_give_the_gramian_alone(fused: None) -> None:
     arguments = (torch.randn(5, 4), heads.weight.detach(), None, list(labels().values()), t.integers, t.reals, t.weight)
     with pytest.raises(RuntimeError, match="need_gramian: expected no gradients together with the Gramian"):
         torch.ops.torch_mtl_pyg.multi_head_loss(*arguments, True, True, False, True)
+
+
+@pytest.mark.parametrize("hidden", (None, 4))
+def test_labels_of_three_dimensions_are_refused(any_backend: str, hidden: int | None) -> None:
+    """On the way to the op three dimensions stand for no labels."""
+    heads = mtl.MultiTaskHeads(
+        4, {"a": mtl.Task(3, loss="cross_entropy"), "b": mtl.Task(2, loss="mse")}, hidden_channels=hidden
+    )
+    a = torch.zeros(5, dtype=torch.long)
+    for b in (torch.zeros(5, 2, 1), torch.zeros(0, 0, 0)):
+        with pytest.raises(ValueError, match=r"^y\['b'\]: expected shape \[5, 2\]"):
+            heads.loss(torch.randn(5, 4), {"a": a, "b": b})
+
+
+@pytest.mark.parametrize("hidden", (None, 4))
+def test_errors_stand_alone(fused: None, hidden: int | None) -> None:
+    """What the op itself says of an argument that is explained later is noise."""
+    heads = mtl.MultiTaskHeads(4, {"a": mtl.Task(3, loss="cross_entropy"), "b": 2}, hidden_channels=hidden)
+    x = torch.randn(5, 4)
+    for call in (
+        lambda: heads(x[:, :3]),
+        lambda: heads.packed(x[:, :3]),
+        lambda: heads.loss(x, {"a": torch.tensor([0, 1, 2, 3, 0])}),
+        lambda: heads.loss(x, {"a": torch.zeros(4, dtype=torch.long)}),
+    ):
+        with pytest.raises(ValueError, match=r"^[xy]") as caught:
+            call()
+        assert caught.value.__context__ is None

@@ -1,13 +1,16 @@
-"""A tensor of the device meta beside those with values: an error, never memory that nobody has written."""
+"""Tensors without values, of the device meta or fake: beside others an error, never memory that nobody has written; and
+what is wrong with them is an error as it is with others."""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from conftest import require_fused
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 import torch_mtl_pyg as mtl
@@ -90,3 +93,33 @@ def test_the_op_of_losses_names_the_argument(any_backend: str) -> None:
         ops.multi_head_loss(X, heads.weight, bias.to("meta"), y, heads.layout)
     with pytest.raises(ValueError, match="x: expected the device of weight, meta, got cpu"):
         ops.multi_head_loss(X, heads.weight.to("meta"), bias, y, heads.layout)
+
+
+@pytest.mark.parametrize("hidden", (None, 4))
+@pytest.mark.parametrize("fake", (False, True))
+def test_labels_are_checked_without_values(fused: None, hidden: int | None, fake: bool) -> None:
+    heads = mtl.MultiTaskHeads(
+        5, {"a": mtl.Task(3, loss="cross_entropy"), "b": mtl.Task(2, loss="mse")}, hidden_channels=hidden
+    )
+    device = "cpu" if fake else "meta"
+    with FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext():
+        heads, x = heads.to(device), torch.empty(6, 5, device=device)
+        a = torch.zeros(6, dtype=torch.long, device=device)
+        for wrong, error in ((torch.zeros(7, 9, device=device), ValueError), (torch.zeros(6, 2, 1), ValueError),
+                             (torch.zeros(6, 2, dtype=torch.cfloat, device=device), TypeError)):  # fmt: skip
+            with pytest.raises(error, match=r"y\['b'\]"):
+                heads.loss(x, {"a": a, "b": wrong})
+
+
+def test_fake_tensors_are_checked(fused: None) -> None:
+    with FakeTensorMode():
+        heads = mtl.MultiTaskHeads(5, {"a": 3, "b": 2})
+        for call in (heads, heads.packed):
+            for x, error in (
+                (torch.randn(4, 6), ValueError),
+                (torch.randn(2, 4, 5), ValueError),
+                (torch.randn(4, 5).double(), TypeError),
+                (torch.ones(4, 5, dtype=torch.long), TypeError),
+            ):
+                with pytest.raises(error, match=r"^x: "):
+                    call(x)

@@ -134,9 +134,10 @@ def prepare(x: Tensor, weight: Tensor, bias: Tensor | None, op: str) -> tuple[Te
 def is_plain_call(x: Any, op: str) -> bool:
     """Whether the compiled op can be called at once: nothing is traced, cast or transformed around the call.
 
-    Such a call leaves the checks to the op, and only when that raises are the arguments looked at, by `prepare`.
+    Such a call leaves the checks to the op, and only when that raises are the arguments looked at, by `prepare`. A
+    subclass of Tensor may be one without values, such as a fake one, for which no kernel checks anything.
     """
-    if torch.compiler.is_compiling() or not isinstance(x, Tensor):
+    if torch.compiler.is_compiling() or type(x) not in _PLAIN_TENSORS:
         return False
     device = "cpu" if x.is_cpu else "cuda" if x.is_cuda else ""
     return (
@@ -149,7 +150,8 @@ def is_plain_call(x: Any, op: str) -> bool:
 
 
 # What a compiled op, or Python on the way to it, raises at an argument that it refuses.
-REFUSALS = (RuntimeError, TypeError, ValueError, AttributeError)
+REFUSALS = (RuntimeError, TypeError, ValueError, AttributeError, AssertionError)
+_PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
 
 
 def transformed() -> bool:

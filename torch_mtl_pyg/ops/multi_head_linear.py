@@ -21,7 +21,7 @@ at any number of threads.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -66,9 +66,9 @@ def multi_head_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
     if is_plain_call(x, "multi_head_linear"):
         try:
             return _linear(x, weight, bias, True)
-        except REFUSALS:
-            prepare(x, weight, bias, "multi_head_linear")  # finds the argument that the op refused
-            raise
+        except REFUSALS as error:
+            refused = error
+        _explain(x, weight, bias, refused)
     return _linear(*prepare(x, weight, bias, "multi_head_linear"))
 
 
@@ -94,13 +94,19 @@ def multi_head_linear_split(
     if is_plain_call(x, "multi_head_linear"):
         try:
             return _split(x, weight, bias, widths)
-        except REFUSALS:
-            prepare(x, weight, bias, "multi_head_linear")  # finds the argument that the op refused
-            raise
+        except REFUSALS as error:
+            refused = error
+        _explain(x, weight, bias, refused)
     x, weight, bias, fused = prepare(x, weight, bias, "multi_head_linear")
     if fused and not torch.compiler.is_compiling():
         return _split(x, weight, bias, widths)
     return torch.split_with_sizes(_linear(x, weight, bias, fused), widths, 1)
+
+
+def _explain(x: Tensor, weight: Tensor, bias: Tensor | None, refused: BaseException) -> NoReturn:
+    """Raises the precise error for the argument that the op refused, or else its own."""
+    prepare(x, weight, bias, "multi_head_linear")
+    raise refused
 
 
 def register() -> None:

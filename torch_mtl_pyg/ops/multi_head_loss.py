@@ -35,6 +35,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ..labels import check_values, split_labels
 from ..task import TaskLayout
@@ -95,6 +96,8 @@ def multi_head_loss(
             targets = [y] if isinstance(y, Tensor) else filled(parts, x)
             results = _call_op(x, weight, bias, targets, layout, gramian, outside)
             return results[0], results[1], results[2], results[3] if gramian else None
+        if isinstance(x, FakeTensor):
+            split_labels(y, layout, x)  # no kernel checks them
     try:
         targets = targets_of(y, layout, x)
         if records(x, weight, bias):
@@ -104,13 +107,15 @@ def multi_head_loss(
             return per_task, total, others[0], others[1] if gramian else None
         table = loss_table(layout, bool(outside))
         results = _forward(x, weight, bias, [*targets, *outside], table, table.weight, _NOTHING, gramian)
-    except REFUSALS:
-        # The op checks everything, and here the argument is found that it refused.
-        prepare(x, weight, bias, "multi_head_loss")
-        _explain(y, layout, x)
-        raise
-    per_task, total, count, product = results[:4]
-    return per_task, total, count, product if gramian else None
+    except REFUSALS as error:
+        refused = error
+    else:
+        per_task, total, count, product = results[:4]
+        return per_task, total, count, product if gramian else None
+    # The op checks everything, and here the argument is found that it refused.
+    prepare(x, weight, bias, "multi_head_loss")
+    _explain(y, layout, x)
+    raise refused
 
 
 def register() -> None:
@@ -141,7 +146,8 @@ def targets_of(y: Labels, layout: TaskLayout, x: Tensor) -> list[Tensor]:
         targets = []
         for name in layout.names:
             part = y.get(name)
-            if part is None or part.requires_grad:
+            # Three dimensions stand for no labels on the way to the op.
+            if part is None or part.requires_grad or part.dim() > 2:
                 break
             targets.append(part)
         else:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ..labels import DTYPES, FLOATING, check_values, label_columns, labelled, split_labels
 from ..task import TaskLayout
@@ -68,9 +69,10 @@ def multi_head_mlp_loss(
     if not fused:
         parts = [y] if route is not None else split_labels(y, layout, x)
         return _reference(x, weights, biases, parts, layout, hidden, route, gramian, outside)  # type: ignore[arg-type]
-    if torch.compiler.is_compiling() and route is None:
-        split_labels(y, layout, x)  # there the op cannot explain what it refuses
-    if torch.compiler.is_compiling() or x.device.type not in ("cpu", "cuda"):
+    traced = torch.compiler.is_compiling() or x.device.type not in ("cpu", "cuda")
+    if (traced or isinstance(x, FakeTensor)) and route is None:
+        split_labels(y, layout, x)  # there no kernel checks them, or the op cannot explain what it refuses
+    if traced:
         ready = recorded(x, weights, biases) and not gramian and x.dtype != torch.float16
         table = loss_table(layout, bool(outside))
         targets = _targets(y, layout, x, route)
@@ -104,10 +106,12 @@ def multi_head_mlp_loss(
             (False, False),
             gramian,
         )
-    except REFUSALS:
-        _explain([y] if route is not None else split_labels(y, layout, x), layout, route)  # type: ignore[list-item]
-        raise
-    return results[0], results[1], results[2], results[3] if gramian else None
+    except REFUSALS as error:
+        refused = error
+    else:
+        return results[0], results[1], results[2], results[3] if gramian else None
+    _explain([y] if route is not None else split_labels(y, layout, x), layout, route)  # type: ignore[list-item]
+    raise refused
 
 
 def register() -> None:
