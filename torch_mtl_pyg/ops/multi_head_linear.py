@@ -20,8 +20,8 @@ at any number of threads.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -40,6 +40,7 @@ from ._dispatch import (
 )
 
 _NAME = "torch_mtl_pyg::multi_head_linear"
+_Result = TypeVar("_Result")
 _Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
@@ -64,11 +65,7 @@ def multi_head_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
         RuntimeError: The backend is ``"fused"``, and it cannot run here.
     """
     if is_plain_call(x, "multi_head_linear"):
-        try:
-            return _linear(x, weight, bias, True)
-        except REFUSALS as error:
-            refused = error
-        _explain(x, weight, bias, refused)
+        return _checked_by_op(_linear, x, weight, bias, True)
     return _linear(*prepare(x, weight, bias, "multi_head_linear"))
 
 
@@ -92,19 +89,21 @@ def multi_head_linear_split(
         TypeError, ValueError, RuntimeError: As :func:`multi_head_linear`.
     """
     if is_plain_call(x, "multi_head_linear"):
-        try:
-            return _split(x, weight, bias, widths)
-        except REFUSALS as error:
-            refused = error
-        _explain(x, weight, bias, refused)
+        return _checked_by_op(_split, x, weight, bias, widths)
     x, weight, bias, fused = prepare(x, weight, bias, "multi_head_linear")
     if fused and not torch.compiler.is_compiling():
         return _split(x, weight, bias, widths)
     return torch.split_with_sizes(_linear(x, weight, bias, fused), widths, 1)
 
 
-def _explain(x: Tensor, weight: Tensor, bias: Tensor | None, refused: BaseException) -> NoReturn:
-    """Raises the precise error for the argument that the op refused, or else its own."""
+def _checked_by_op(
+    compute: Callable[..., _Result], x: Tensor, weight: Tensor, bias: Tensor | None, last: object
+) -> _Result:
+    """What `compute` makes of the arguments; if the op refuses one, the precise error for it."""
+    try:
+        return compute(x, weight, bias, last)
+    except REFUSALS as error:
+        refused = error
     prepare(x, weight, bias, "multi_head_linear")
     raise refused
 
