@@ -129,6 +129,9 @@ def test_independent_batches(name: str) -> None:
         torch.testing.assert_close(weights_of(balancer)[BALANCED], expected, rtol=1e-9, atol=1e-12)
     with pytest.raises(ValueError, match="independent: expected None"):
         Balancer("upgrad", tasks=TASKS)(setting.losses(), shared, (first, second))
+    for other in (None, "mean", "upgrad"):  # which would not look at them
+        with pytest.raises(ValueError, match="independent: expected None, since it is for MoDo and SDMGrad"):
+            Balancer(other, tasks=TASKS)(setting.losses(), independent=(first, second))
 
 
 def test_gradient_accumulation() -> None:

@@ -262,6 +262,10 @@ class Gated(nn.Module):
         return out
 
 
+# Used twice in one model.
+RELU, SQUARE = nn.ReLU(), nn.Linear(5, 5)
+
+
 @pytest.mark.parametrize(
     ("make", "options", "error", "message"),
     [
@@ -278,6 +282,15 @@ class Gated(nn.Module):
         (NormLast, {}, ValueError, "comes from|model.norm"),
         (Gated, {}, ValueError, "the number of features that conv takes is not known"),
         (lambda: pyg.GCN(5, 8, 1, out_channels=4), {}, ValueError, "the model has one layer"),
+        (lambda: nn.Linear(5, 4), {}, ValueError, "the model has one layer, so that nothing would be left"),
+        (lambda: pyg.GCNConv(5, 4), {}, ValueError, "the model has one layer, so that nothing would be left"),
+        (lambda: nn.Sequential(RELU, nn.Linear(5, 4), RELU), {}, ValueError, "model.2 ends in ReLU|calls 2 more than"),
+        (
+            lambda: nn.Sequential(nn.ReLU(), SQUARE, nn.ReLU(), SQUARE),
+            {},
+            ValueError,
+            "the model calls 3 more than once",
+        ),
         (lambda: nn.Sequential(nn.Linear(5, 4), nn.ReLU()), {}, ValueError, "model.1 ends in ReLU, which is no linear"),
         (lambda: nn.Sequential(), {}, ValueError, "the model is empty"),
         (lambda: pyg.MLP([5, 8, 4], plain_last=False), {}, ValueError, "the model ends in an activation"),

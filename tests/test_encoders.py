@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import torch_mtl_pyg as mtl
 
 WIDTHS = {"a": 50, "b.with dots": 3, "weight": 17}
+OTHER = "weight"
 
 
 def features(dtype: torch.dtype = torch.float32, sizes: tuple[int, ...] = (7, 0, 12)) -> dict[str, Tensor]:
@@ -171,7 +172,10 @@ def test_bad_construction(arguments: tuple[Any, ...], error: type[Exception], me
         (lambda x: {**x, 0: x["a"]}, None, TypeError, "x: expected names of tasks, got 0"),
         (lambda x: {"a": x["a"][:, 1:]}, None, ValueError, r"x\['a'\]: expected shape \[N, 50\], got \[7, 49\]"),
         (lambda x: {"a": None}, None, TypeError, r"x\['a'\]: expected a tensor \[N, 50\], got NoneType"),
-        (lambda x: {"a": x["a"].double()}, None, TypeError, "expected the dtype of"),
+        (lambda x: {"a": x["a"].double()}, None, TypeError, r"^x\['a'\]: expected the dtype of weight"),
+        (lambda x: {**x, OTHER: x[OTHER].double()}, None, TypeError, rf"^x\['{OTHER}'\]: expected the dtype of"),
+        (lambda x: {**x, OTHER: x[OTHER].long()}, None, TypeError, rf"^x\['{OTHER}'\]: expected"),
+        (lambda x: {**x, OTHER: x[OTHER].to("meta")}, None, ValueError, rf"^x\['{OTHER}'\]: expected the device"),
         (lambda x: x["a"], "d", ValueError, "task: expected one of .*, got 'd'"),
         (lambda x: x["a"], 3, IndexError, r"task: expected an index in \[0, 3\), got 3"),
         (lambda x: x, "a", TypeError, "x: expected a tensor, since task is given, got dict"),

@@ -65,6 +65,7 @@ def schnet() -> SchNet:
             "trunk: expected a forward that takes x, since there are encoders",
         ),
         (lambda: (GCN(5, 8, 2), heads(), None, "middle"), ValueError, "pool: expected the name of one.*got 'middle'"),
+        (lambda: (GCN(5, 8, 2), heads(), None, "lstm"), ValueError, "pool: .*takes no arguments, got 'lstm'"),
         (lambda: (GCN(5, 8, 2), heads(), None, 3), TypeError, "pool: expected the name.*got int"),
         (lambda: (GCN(5, 8, 2), heads(), None, "mean", "dot"), ValueError, "edge: expected one of mul.*got 'dot'"),
         (lambda: (GCN(5, 8, 2), heads(), None, "mean", 3), TypeError, "edge: expected a string or a callable"),
@@ -159,6 +160,10 @@ def test_what_pools_return() -> None:
         data.batch = data.batch.index_fill(0, torch.tensor(0), wrong)
         with pytest.raises(ValueError, match=rf"data.batch: expected numbers of graphs in \[0, 3\), got {wrong}"):
             mtl.MultiTaskModel(GCN(5, 8, 2), heads(a=mtl.Task(1, level="graph"))).double()(data)
+    data = batch(5)
+    data.batch = data.batch.double()
+    with pytest.raises(TypeError, match=r"data.batch: expected an int64 tensor, got torch.float64"):
+        plain()(data)
     data = batch(5)
     data.batch = data.batch[1:]
     with pytest.raises(ValueError, match=r"data.batch: expected shape \[11\], one per node, got \[10\]"):

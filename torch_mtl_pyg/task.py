@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -273,7 +273,8 @@ def _number(name: str, value: Any, low: float, high: float = math.inf) -> float:
 
 
 def _numbers(name: str, values: Any, count: int) -> tuple[float, ...]:
-    if isinstance(values, str) or not hasattr(values, "__iter__") or getattr(values, "ndim", 1) == 0:
+    unordered = isinstance(values, (str, Mapping, Set))  # which a loop would take for the names, or in any order
+    if unordered or not hasattr(values, "__iter__") or getattr(values, "ndim", 1) == 0:
         raise TypeError(f"{name}: expected {count} numbers, one per column, got {type(values).__name__}.")
     if isinstance(values, Tensor):
         values = values.detach().flatten().unbind()

@@ -107,7 +107,7 @@ class Balancer(nn.Module):
         Args:
             losses: Of ``heads.loss``, with the Gramian if :attr:`needs_gramian` and ``shared`` is None.
             shared: Parameters below the heads. The Gramian is then of the gradients at these, by one backward pass per
-                task. They are not kept.
+                task. They are not kept, and not looked at by methods that take losses alone.
             independent: (MoDo and SDMGrad, with ``shared``) the losses of two more batches, drawn independently. The
                 weights come from the products of the gradients of one with those of the other, as the papers want it
                 for mini-batches; without it, from the Gramian of the batch itself, which is exact only if each batch is
@@ -119,10 +119,13 @@ class Balancer(nn.Module):
         Raises:
             TypeError: ``losses`` are no :class:`~torch_mtl_pyg.TaskLosses`.
             ValueError: The tasks are not those of ``tasks`` or, for a method with memory, not those of the last call;
-                something the method needs is missing; a loss, a gradient or a weight is not finite.
+                something the method needs is missing, or ``independent`` is not for it; a loss, a gradient or a weight
+                is not finite (without a method nothing is looked at, as in a plain step).
         """
         if not isinstance(losses, TaskLosses):
             raise TypeError(f"losses: expected TaskLosses, got {type(losses).__name__}.")
+        if independent is not None and not (self._found is not None and self._found.two_batches and shared is not None):
+            raise ValueError("independent: expected None, since it is for MoDo and SDMGrad together with shared.")
         places = self._balanced(losses)
         batches = [losses, *(independent or ())]
         labelled = torch.stack([batch.count[places] > 0 for batch in batches]).all(0)
@@ -142,7 +145,7 @@ class Balancer(nn.Module):
             scalar = (weights * values).sum()
         self.weights = None
         if weights is not None:
-            self._check_finite(self.name, weights, losses, places)
+            self._check_finite("weights", weights, losses, places)
             self.weights = torch.zeros_like(losses.per_task).index_copy(0, places, weights.to(losses.per_task.dtype))
         return scalar
 
@@ -199,8 +202,6 @@ class Balancer(nn.Module):
     ) -> Tensor:
         assert self._found is not None
         found = self._found
-        if independent is not None and not (found.two_batches and shared is not None):
-            raise ValueError("independent: expected None, since it is for MoDo and SDMGrad together with shared.")
         if shared is None:
             if self.needs_shared:
                 raise ValueError(
@@ -262,8 +263,9 @@ class Balancer(nn.Module):
         if not bool(values.isfinite().all()):
             wrong = int((~values.isfinite()).nonzero()[0, 0])
             name = losses.names[int(places[wrong])]
-            kind = what if what in ("losses", "gradients") else f"{what}: weights"
-            raise ValueError(f"{kind}: expected finite numbers, got {values[wrong].item()} for the task {name!r}.")
+            raise ValueError(
+                f"{self.name}: {what}: expected finite numbers, got {values[wrong].item()} for the task {name!r}."
+            )
 
     # ---- Saving and loading.
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import backend
-from ..ops._checks import check_floating
+from ..ops._checks import check_floating, check_same
+from ..ops._dispatch import REFUSALS, autocasts
 from ..ops.grouped_linear import grouped_linear
 from ..ops.multi_head_linear import multi_head_linear
 from ..task import TaskLayout, checked_integer
@@ -138,7 +139,15 @@ class MultiTaskEncoders(nn.Module):
         bias: Tensor | None = self.bias
         if bias is not None and len(places) < len(self.layout.names):
             bias = bias[places]
-        return grouped_linear([x[name] for name in present], [self.weights[t] for t in places], bias)
+        try:
+            return grouped_linear([x[name] for name in present], [self.weights[t] for t in places], bias)
+        except REFUSALS as error:
+            refused = error
+        for t, name in zip(places, present, strict=True):
+            self._check(t, f"x[{name!r}]", x[name])
+            if not autocasts(x[name].device.type):
+                check_same(f"x[{name!r}]", x[name], "weight", self.weights[t])
+        raise refused
 
     def _present(self, x: object) -> list[str]:
         """The names of the tasks that are there, in packing order."""

@@ -104,6 +104,8 @@ def final_layer(model: nn.Module) -> Final:
 
 
 def _find(model: Any, prefix: str) -> Final:
+    if not prefix and (type(model) in (nn.Linear, Linear) or isinstance(model, MessagePassing)):
+        raise UnclearError("the model has one layer, so that nothing would be left")
     if type(model) in (nn.Linear, Linear):
         return Final((prefix,), _in_channels(model, prefix))
     if isinstance(model, BasicGNN):
@@ -123,7 +125,7 @@ def _find(model: Any, prefix: str) -> Final:
     if isinstance(model, Sequential):
         return _of_children([(child.name, getattr(model, child.name)) for child in model._children], prefix)
     if type(model) is nn.Sequential:
-        return _of_children(list(model.named_children()), prefix)
+        return _of_children(list(model._modules.items()), prefix)  # named_children() leaves out repetitions
     if not any(True for _ in model.children()):
         raise UnclearError(f"{_shown(prefix)} ends in {type(model).__name__}, which is no linear layer or convolution")
     return _traced(model, prefix)
@@ -138,6 +140,8 @@ def _of_children(children: list[tuple[str, Any]], prefix: str) -> Final:
     name, last = children[-1]
     if not isinstance(last, nn.Module):
         raise UnclearError(f"{_shown(prefix)} ends in a function, {getattr(last, '__name__', last)}")
+    if sum(child is last for _, child in children) > 1:
+        raise UnclearError(f"{_shown(prefix)} calls {name} more than once")
     found = _find(last, _joined(prefix, name))
     return Final(found.names, found.in_channels, pools or found.pools)
 

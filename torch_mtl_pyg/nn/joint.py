@@ -15,8 +15,8 @@ from ..labels import LabelError
 from ..task import TaskLosses
 from .head_groups import outputs_of_own, routes, sum_of
 from .levels import edge_embedding, graph_embedding, level_of
-from .model_labels import Mask, check_each, mask_of, outside_missing, own_labels, routed_labels
-from .union import check_graphs, disjoint_union, node_counts
+from .model_labels import Mask, check_each, check_names, mask_of, outside_missing, own_labels, routed_labels
+from .union import check_graphs, disjoint_union, fields_of, node_counts
 
 if TYPE_CHECKING:
     from .model import MultiTaskModel
@@ -73,6 +73,9 @@ def joint_embedding(model: MultiTaskModel, data: Mapping[str, Data] | Data) -> J
         if not isinstance(name, str):
             raise TypeError(f"data: expected names of tasks, got {name!r}.")
         model.heads.layout.name(name, "data")
+        if model.encoders is not None and name not in model.encoders.tasks:
+            known = list(model.encoders.tasks)
+            raise ValueError(f"data: expected tasks that encoders has an input module for, {known}, got {name!r}.")
     check_graphs(given)
     encoders, inputs = model.encoders, model.inputs
     graphs = {name: given[name] for name in (encoders or model.heads).tasks if name in given}
@@ -84,9 +87,11 @@ def joint_embedding(model: MultiTaskModel, data: Mapping[str, Data] | Data) -> J
     for name, one in graphs.items():
         level = level_of(model.heads.tasks[name], one, model.pool is not None)
         levels[level] = (*levels.get(level, ()), name)
-    fields = dict.fromkeys("x" if field == inputs.features else field for field in inputs.names)
+    names = fields_of(graphs) if inputs.whole else inputs.names
+    fields = dict.fromkeys("x" if field == inputs.features else field for field in names)
     # Normalisation may be per graph: nodes must not seem to be of one.
-    union = disjoint_union(graphs, fields, x, nodes, "graph" in levels or "batch" in fields)
+    by_graph = "graph" in levels or not {"batch", "ptr", "num_graphs"}.isdisjoint(fields)
+    union = disjoint_union(graphs, fields, x, nodes, by_graph)
     count = sum(union.graphs.values()) if union.graphs else None
     features = union.data.x if inputs.features is not None and "x" in union.data else None
     h = inputs.call(model.trunk, union.data, features, count)
@@ -191,15 +196,14 @@ def _given_labels(model: MultiTaskModel, data: Mapping[str, Data] | Data, y: Any
         raise ValueError(f"y: expected a dict or a matrix [N, {len(names)}], one column per task, got {list(y.shape)}.")
     if not isinstance(y, Mapping):
         raise TypeError(f"y: expected a dict from task to labels, got {type(y).__name__}.")
-    for name in y:
-        model.heads.layout.name(name, "y")
+    check_names(y, model.heads.layout)
     return y
 
 
 def _labels_of(model: MultiTaskModel, joint: Joint, name: str, level: str, y: Any) -> Tensor | None:
-    task, graph = model.heads.tasks[name], joint.graphs[name]
+    graph = joint.graphs[name]
     if y is None or (level == "edge" and name not in y):
-        return own_labels(graph, name, task, level, f"data[{name!r}]")
+        return own_labels(graph, name, level, model.heads.layout, f"data[{name!r}]")
     if name not in y:
         raise ValueError(f"y: expected labels of the task {name!r} (None if there are none), got no such key.")
     own: Tensor | None = y[name]

@@ -46,6 +46,10 @@ def checked_pool(pool: object) -> Any:
         return aggregation_resolver(pool)
     except ValueError as error:
         raise ValueError(f"pool: expected the name of one of PyG's aggregations, got {pool!r}.") from error
+    except TypeError as error:
+        raise ValueError(
+            f"pool: expected an aggregation that takes no arguments, got {pool!r}; give the Aggregation itself."
+        ) from error
 
 
 def checked_edge(edge: object) -> Callable[[Tensor, Tensor], Tensor]:
@@ -87,6 +91,7 @@ def graph_embedding(h: Tensor, batch: Tensor | None, count: int, pool: Any) -> T
     """``[G, D']`` from nodes ``[N, D]``; without pool, what the trunk returned is per graph already.
 
     Raises:
+        TypeError: ``batch`` holds no integers.
         ValueError: The pool, or without one the trunk, gives another number of rows than there are graphs.
     """
     if pool is None:
@@ -95,6 +100,8 @@ def graph_embedding(h: Tensor, batch: Tensor | None, count: int, pool: Any) -> T
         who = "pool"
         if batch is None and count != 1:
             raise ValueError(f"data.batch: expected it, since there are {count} graphs, got none.")
+        if batch is not None and batch.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"data.batch: expected an int64 tensor, got {batch.dtype}.")
         if batch is not None and batch.shape[0] != h.shape[0]:
             raise ValueError(f"data.batch: expected shape [{h.shape[0]}], one per node, got {list(batch.shape)}.")
         if batch is not None and batch.is_cpu and batch.numel() and not torch.compiler.is_compiling():

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch_geometric.data import Batch, Data
+from torch_geometric.nn.inits import reset
 
-from ..labels import FLOATING, MISSING, label_columns, missing_value
+from ..labels import FLOATING, MISSING, missing_value
 from ..ops._checks import check_route, check_route_values
 from ..ops.multi_head_loss import Labels
 from ..task import TaskLosses
@@ -18,7 +19,7 @@ from .head_groups import losses_of, outputs_of, sum_of
 from .heads import MultiTaskHeads
 from .joint import is_joint, joint_losses, joint_outputs
 from .levels import Edge, Pool, checked_edge, checked_pool, edge_embedding, graph_embedding, level_of, num_graphs
-from .model_labels import Mask, labels_by_level, labels_in, mask_of, masked, outside_missing
+from .model_labels import Mask, labels_by_level, labels_in, labels_of_one, mask_of, masked, outside_missing
 from .trunk_inputs import TrunkInputs
 
 
@@ -81,11 +82,9 @@ class MultiTaskModel(nn.Module):
         self.edge: Callable[[Tensor, Tensor], Tensor] = checked_edge(edge)
 
     def reset_parameters(self) -> None:
-        """Draws the parameters of trunk, heads and encoders anew."""
-        modules: tuple[Any, ...] = (self.trunk, self.heads, self.encoders)
-        for module in modules:
-            if hasattr(module, "reset_parameters"):
-                module.reset_parameters()
+        """Draws the parameters of all modules anew: by their ``reset_parameters``, or those of their children."""
+        for module in self.children():
+            reset(module)
 
     def forward(
         self, data: Data | Mapping[str, Data], task: str | int | Tensor | None = None
@@ -263,10 +262,7 @@ class MultiTaskModel(nn.Module):
         heads, task = self.heads, self.heads.tasks[name]
         level = level_of(task, data, self.pool is not None)
         if y is None:
-            y = labels_in(data, level)
-            count = len(heads.tasks)
-            if isinstance(y, Tensor) and y.dim() == 2 and y.shape[1] == count > 1 and label_columns(task) == 1:
-                y = y[:, heads.layout.names.index(name)]
+            y = labels_of_one(data, name, level, self._levels(data)[level], heads.layout)
         for argument, given in (("y", y), ("mask", mask)):
             if isinstance(given, Mapping):
                 for key in given:

@@ -38,8 +38,7 @@ def labels_by_level(
         where = "y" if given else "data.y"
         raise TypeError(f"{where}: expected a dict from task to labels or a tensor, got {type(source).__name__}.")
     if isinstance(source, Mapping):
-        for name in source:
-            layout.name(name, "y")
+        check_names(source, layout)
     edge_label = None if given else _field(data, "edge_label")
     others = [level for level in levels if level != "edge" or edge_label is None]
     found: dict[str, Labels] = {}
@@ -71,16 +70,37 @@ def labels_by_level(
     return found
 
 
-def own_labels(data: Data, name: str, task: Task, level: str, where: str) -> Tensor | None:
-    """The labels of one task in a graph of its own."""
+def labels_of_one(data: Data, name: str, level: str, names: tuple[str, ...], layout: TaskLayout) -> Any:
+    """The labels that a graph holds for one task, or None: its entry, its column, or all where they are its own.
+
+    Args:
+        data: The graph; its ``y``, and ``edge_label`` for edges.
+        name: The task.
+        level: What it predicts for.
+        names: The tasks of that level that the graph is for.
+        layout: All tasks.
+    """
     y = _field(data, "y")
+    edge_label = _field(data, "edge_label") if level == "edge" else None
     if isinstance(y, Mapping):
-        if name not in y and _field(data, "edge_label") is None:
-            raise ValueError(f"{where}.y: expected labels of the task {name!r}, got none.")
-        y = y.get(name)
-    if level == "edge" and _field(data, "edge_label") is not None:
-        y = data.edge_label
-    if y is None and task.loss is not None:
+        for key in y:
+            layout.name(key, "y")
+        if name in y:
+            return y[name]
+        missing = [other for other in names if other not in y and layout.tasks[other].loss is not None]
+        return edge_label if missing == [name] else None
+    y = y if edge_label is None else edge_label
+    matrix = isinstance(y, Tensor) and y.dim() == 2 and y.shape[1] == len(names) > 1
+    return y[:, names.index(name)] if matrix and label_columns(layout.tasks[name]) in (1, None) else y
+
+
+def own_labels(data: Data, name: str, level: str, layout: TaskLayout, where: str) -> Tensor | None:
+    """The labels of one task in a graph of its own."""
+    y = labels_of_one(data, name, level, (name,), layout)
+    source = _field(data, "y")
+    if isinstance(source, Mapping) and y is None and name not in source:
+        raise ValueError(f"{where}.y: expected labels of the task {name!r}, got none.")
+    if y is None and not isinstance(source, Mapping) and layout.tasks[name].loss is not None:
         raise ValueError(f"{where}.{'edge_label' if level == 'edge' else 'y'}: expected labels, got none.")
     if y is not None and not isinstance(y, Tensor):
         raise TypeError(f"{where}.y: expected a tensor, got {type(y).__name__}.")
@@ -177,6 +197,13 @@ def routed_labels(parts: Mapping[str, Tensor], y: Mapping[str, Tensor | None], l
         rows.append(F.pad(own, (0, width - own.shape[1]), value=torch.nan))
     joined = torch.cat(rows)
     return joined[:, 0] if width == 1 else joined
+
+
+def check_names(y: Mapping[str, Any], layout: TaskLayout) -> None:
+    """Checks that labels are of tasks that there are, and that have a loss."""
+    for name, own in y.items():
+        if layout.tasks[layout.name(name, "y")].loss is None and own is not None:
+            raise ValueError(f"y[{name!r}]: expected no labels, since the task has no loss, got some.")
 
 
 def check_each(y: Mapping[str, Tensor | None], layout: TaskLayout) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch_geometric.data import Data
 from torch_geometric.data.data import BaseData
 
@@ -57,10 +58,32 @@ def disjoint_union(
     for field in fields:
         if field in merged or field == "batch":
             continue
+        if field == "num_graphs":
+            merged[field] = sum(counts.values())
+            continue
+        if field == "ptr":
+            sizes = torch.bincount(merged["batch"], minlength=sum(counts.values()))
+            merged[field] = F.pad(sizes.cumsum(0), (1, 0))
+            continue
         values = _values(field, parts, keys)
         if values:
             merged[field] = _merged(field, values, parts, nodes)
     return GraphUnion(Data.from_dict(merged), nodes, counts)
+
+
+# Of a graph, but nothing that a trunk reads of it.
+_LABELS = ("y", "edge_label", "edge_label_index", "num_nodes")
+
+
+def fields_of(parts: Mapping[str, Data]) -> list[str]:
+    """The fields that a trunk may read of a graph: all tensors but labels; masks where all graphs have them."""
+    fields: dict[str, int] = {}
+    for data in parts.values():
+        for field, value in data.to_dict().items():
+            if isinstance(value, Tensor) and field not in _LABELS:
+                fields[field] = fields.get(field, 0) + 1
+    names = [field for field, count in fields.items() if count == len(parts) or not field.endswith("mask")]
+    return [*names, "batch", "ptr", "num_graphs"]
 
 
 def node_counts(parts: Mapping[str, Data], with_x: bool) -> dict[str, int]:
@@ -110,6 +133,8 @@ def _merged(field: str, values: dict[str, Tensor], parts: Mapping[str, Data], no
         if not isinstance(value, Tensor) or value.layout is not torch.strided:
             kind = value.layout if isinstance(value, Tensor) else type(value).__name__
             raise TypeError(f"{where}: expected a dense tensor, got {kind}.")
+        if value.dim() == 0 and len(values) > 1:
+            raise ValueError(f"{where}: expected at least one dimension, along which to put graphs together, got none.")
         if value.dtype != first.dtype:
             raise TypeError(f"{where}: expected dtype {first.dtype}, as data[{first_name!r}] has, got {value.dtype}.")
         if value.device != first.device:
@@ -198,16 +223,34 @@ def _batch(parts: Mapping[str, Data], nodes: dict[str, int], counts: dict[str, i
         device = None if some is None else some.device
         sizes = torch.tensor(list(nodes.values()), device=device)
         return torch.arange(len(nodes), device=device).repeat_interleave(sizes, output_size=sum(nodes.values()))
-    vectors, offset = [], 0
+    batches: dict[str, Tensor] = {}
     for name, data in parts.items():
         own = data.batch if has_batch(data) else given[0].new_zeros(nodes[name])
         if own.dim() != 1 or own.shape[0] != nodes[name]:
             raise ValueError(
                 f"data[{name!r}].batch: expected shape [{nodes[name]}], one per node, got {list(own.shape)}."
             )
+        batches[name] = own
+    _check_numbers(batches, counts)
+    vectors, offset = [], 0
+    for name, own in batches.items():
         vectors.append(own + offset)
         offset += counts[name]
     return torch.cat(vectors)
+
+
+def _check_numbers(batches: Mapping[str, Tensor], counts: dict[str, int]) -> None:
+    """A graph that its own data does not have would be one of the next."""
+    some = {name: batch for name, batch in batches.items() if batch.numel() and has_values(batch)}
+    if not some:
+        return
+    ends = torch.stack([torch.stack(torch.aminmax(batch)) for batch in some.values()]).tolist()  # read together
+    for name, (low, high) in zip(some, ends, strict=True):
+        if low < 0 or high >= counts[name]:
+            raise ValueError(
+                f"data[{name!r}].batch: expected numbers of graphs in [0, {counts[name]}), got "
+                f"{low if low < 0 else high}."
+            )
 
 
 def _other_sizes(value: Tensor, dim: int) -> list[int]:
