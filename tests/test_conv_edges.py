@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import pickle
+import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from conv_common import graph
+from conv_common import formats, graph, without_duplicates
 from torch import Tensor
 from torch_geometric import EdgeIndex
 
@@ -54,16 +57,28 @@ FORMATS: dict[str, Callable[[Tensor], Any]] = {
 }
 
 
+@pytest.mark.parametrize("itself", (True, False))
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("aggr", ("mean", "max"))
-def test_edges_changed_before_the_backward_are_an_error(any_backend: str, form: str, aggr: str) -> None:
+def test_edges_changed_before_the_backward_are_an_error(any_backend: str, form: str, aggr: str, itself: bool) -> None:
     conv, x = mtl.MultiTaskConv(8, {"a": 3}, aggr=aggr), torch.randn(N, 8, requires_grad=True)
     edge_index = FORMATS[form](graph(N, 30))
-    loss = conv.packed(x, edge_index).sum()
-    indices = edge_index.as_tensor() if isinstance(edge_index, EdgeIndex) else edge_index
-    indices[0, 0] = (indices[0, 0] + 1) % N
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
+    for packed in (lambda: conv.packed(x, edge_index), lambda: aggregate(x, Adjacency.of(edge_index, N), None, aggr)):
+        loss = packed().relu_().sum()
+        indices = edge_index if itself or not isinstance(edge_index, EdgeIndex) else edge_index.as_tensor()
+        indices[0, 0] = (int(indices[0, 0]) + 1) % N
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+    packed().sum().backward()
+
+
+def test_a_graph_does_not_keep_its_edge_index() -> None:
+    edge_index = EdgeIndex(graph(N, 30), sparse_size=(N, N))
+    kept, adjacency = weakref.ref(edge_index), Adjacency.of(edge_index, N)
+    assert pickle.loads(pickle.dumps(adjacency)).num_edges == adjacency.num_edges
+    del edge_index
+    assert kept() is None
+    aggregate(torch.randn(N, 8, requires_grad=True), adjacency).sum().backward()
 
 
 def test_the_gradient_of_a_weight_need_not_fit_16_bits_on_the_way(any_backend: str) -> None:
@@ -229,3 +244,19 @@ def test_direct_calls_can_be_differentiated_twice(fused: None) -> None:
 def test_what_aggr_may_be() -> None:
     with pytest.raises(TypeError, match="aggr: expected a name, a list of them or an Aggregation, got int"):
         mtl.MultiTaskConv(8, {"a": 3}, aggr=3)
+
+
+@pytest.mark.parametrize("layout", ("csr", "csc", "coo"))
+def test_a_sparse_matrix_in_a_compiled_function(any_backend: str, layout: str) -> None:
+    """A break in the graph, and the same numbers."""
+    torch._dynamo.reset()
+    conv, x = mtl.MultiTaskConv(8, {"a": 3, "b": 2}).double(), random(N, 8)
+    matrix = formats(without_duplicates(graph(N, 30)), N)[layout]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of PyTorch about sparse matrices
+        out = torch.compile(lambda x, a: conv.packed(x, a), backend="aot_eager")(x, matrix)
+    expected = conv.packed(x, matrix)
+    torch.testing.assert_close(out, expected)
+    got, wanted = (torch.autograd.grad(o.sin().sum(), [x, *conv.parameters()]) for o in (out, expected))
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b)

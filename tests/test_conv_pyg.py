@@ -434,3 +434,33 @@ def test_batched_gradients_and_checkpoints(any_backend: str) -> None:
     torch.testing.assert_close(
         torch.autograd.grad(out.sum(), x)[0], torch.autograd.grad(layer(x, graph())["toxic"].sum(), x)[0]
     )
+
+
+class DoubledLinear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (
+            lambda c: c.lin_l.register_forward_hook(lambda m, i, o: o * 2),
+            ValueError,
+            r"modules\['a'\].lin_l: .*without hooks",
+        ),
+        (
+            lambda c: c.lin_r.register_forward_pre_hook(lambda m, i: i),
+            ValueError,
+            r"modules\['a'\].lin_r: .*without hooks",
+        ),
+        (lambda c: setattr(c, "lin_l", DoubledLinear(6, 3)), TypeError, r"modules\['a'\].lin_l: .*got DoubledLinear"),
+        (lambda c: setattr(c, "lin_l", nn.Sequential(nn.Linear(6, 3))), TypeError, r"lin_l: .*got Sequential"),
+        (lambda c: nn.utils.parametrizations.weight_norm(c.lin_l), TypeError, r"lin_l: .*got Parametrized"),
+    ],
+)
+def test_layers_within_that_compute_something_else(change: Any, error: type[Exception], message: str) -> None:
+    layer = SAGEConv(6, 3)
+    change(layer)
+    with pytest.raises(error, match=message):
+        mtl.MultiTaskConv.from_modules({"a": layer})

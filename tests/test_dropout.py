@@ -260,3 +260,30 @@ def test_second_pass_has_the_masks_of_the_first(any_backend: str) -> None:
 def test_bad_dropout(dropout: Any) -> None:
     with pytest.raises((TypeError, ValueError), match="dropout: expected a number"):
         mtl.MultiTaskHeads(4, {"a": 1}, hidden_channels=3, dropout=dropout)
+
+
+@pytest.mark.parametrize("gramian", (False, True))
+def test_masks_of_a_routed_loss_of_ones_own(any_backend: str, gramian: bool) -> None:
+    """Those of the rows' places among all rows, as in the outputs."""
+
+    def square(out: Tensor, y: Tensor) -> Tensor:
+        return (out[:, 0] - y).square().mean()
+
+    tasks = {"a": mtl.Task(1, loss=square), "b": mtl.Task(1, loss="mse")}
+    heads = mtl.MultiTaskHeads(6, tasks, hidden_channels=64, dropout=0.5).double()
+    x, y, route = (
+        torch.randn(9, 6).double().requires_grad_(),
+        torch.randn(9).double(),
+        torch.tensor([1, 0, 1, 0, 0, 1, 1, 0, 1]),
+    )
+    torch.manual_seed(0)
+    out = heads(x, task=route)
+    torch.manual_seed(0)
+    losses = heads.loss(x, y, task=route, gramian=gramian)
+    for i, name in enumerate(tasks):
+        expected = square(out[route == i], y[route == i])
+        torch.testing.assert_close(losses[name], expected)
+        if gramian:
+            (gradient,) = torch.autograd.grad(expected, x, retain_graph=True)
+            torch.testing.assert_close(losses.gramian[i, i], gradient.square().sum())
+    losses["a"].backward()

@@ -11,6 +11,7 @@ import pytest
 import torch
 from heads_common import TASKS, modules, train_step
 from torch import nn
+from torch.nn.utils import prune
 from torch_geometric.nn import Linear
 
 import torch_mtl_pyg as mtl
@@ -331,3 +332,60 @@ def test_deferred_initialisation(any_backend: str) -> None:
         train_step(heads, torch.optim.SGD(heads.parameters(), lr=0.1, weight_decay=0.1), x)
         assert torch.equal(heads.weight[:3], other.weight[:3])
         assert not torch.equal(heads.weight[3], other.weight[3])
+
+
+# ---- Parameters computed from others.
+
+
+def computed(how: str, name: str, hidden: int | None = None) -> mtl.MultiTaskHeads:
+    heads = mtl.MultiTaskHeads(6, {"a": 2, "b": 2}, hidden_channels=hidden)
+    if how == "prune":
+        prune.random_unstructured(heads, name, 0.5)
+    elif how == "weight_norm":
+        torch.nn.utils.parametrizations.weight_norm(heads, name)
+    else:
+        torch.nn.utils.parametrize.register_parametrization(heads, name, torch.nn.Identity())
+    return heads
+
+
+@pytest.mark.parametrize(
+    ("how", "name", "hidden"),
+    [
+        ("weight_norm", "weight", 4),
+        ("prune", "weight", None),
+        ("identity", "bias", None),
+        ("identity", "hidden_bias_0", 4),
+    ],
+)
+def test_tasks_of_heads_with_computed_parameters_stay(how: str, name: str, hidden: int | None) -> None:
+    heads, x = computed(how, name, hidden), torch.randn(3, 6)
+    optimizer = torch.optim.SGD(heads.parameters(), lr=0.1)
+    before = {task: out.detach().clone() for task, out in heads(x).items()}
+    for edit in (lambda o: heads.add_task("c", 1, o), lambda o: heads.remove_task("a", o)):
+        for given in (None, optimizer):
+            with pytest.raises(ValueError, match=f"{name}: expected a plain parameter of heads whose tasks change"):
+                edit(given)
+    assert {task: torch.equal(out, before[task]) for task, out in heads(x).items()} == {"a": True, "b": True}
+    with pytest.raises(ValueError, match=f"names: expected heads whose weight is a plain parameter, got {name} comp"):
+        heads.freeze("a")
+
+
+@pytest.mark.parametrize("how", ("weight_norm", "prune"))
+def test_frozen_heads_whose_parameters_become_computed(how: str) -> None:
+    heads = mtl.MultiTaskHeads(6, {"a": 2, "b": 2})
+    heads.freeze("a")
+    if how == "prune":
+        prune.random_unstructured(heads, "weight", 0.5)
+    else:
+        torch.nn.utils.parametrizations.weight_norm(heads, "weight")
+    with pytest.raises(ValueError, match="weight: expected a plain parameter, since some heads are frozen"):
+        heads(torch.randn(3, 6))
+    heads.unfreeze("a")
+    assert heads(torch.randn(3, 6))["a"].shape == (3, 2)
+
+
+def test_modules_are_as_trainable_as_the_heads() -> None:
+    for hidden in (None, 4):
+        heads = mtl.MultiTaskHeads(6, {"a": 2, "b": 2}, hidden_channels=hidden)
+        heads.requires_grad_(False)
+        assert not any(p.requires_grad for module in heads.to_modules().values() for p in module.parameters())

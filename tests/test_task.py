@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import torch_mtl_pyg as mtl
 from torch_mtl_pyg import Task
 from torch_mtl_pyg.task import LOSSES, TaskLayout
 
@@ -117,3 +118,9 @@ def test_task_names_and_indices() -> None:
 def test_bad_tasks(tasks: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         TaskLayout(tasks)
+
+
+def test_an_array_is_no_index_of_a_task() -> None:
+    heads = mtl.MultiTaskHeads(4, {"a": 1, "b": 1})
+    with pytest.raises(TypeError, match="task: expected an int, got ndarray"):
+        heads(torch.randn(2, 4), task=np.array([0, 1]))  # type: ignore[arg-type]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch.utils.weak import WeakTensorKeyDictionary
 from torch_geometric import EdgeIndex
 from torch_geometric.index import ptr2index
@@ -65,12 +67,17 @@ class Adjacency:
         self.device = some.device
         self._by_target = by_target
         self._by_source = by_source
+        # Of an EdgeIndex, whose changes count on itself, not on its indices.
+        self.origin: weakref.ref[EdgeIndex] | None = None
         # Made by normalized(), by dtype.
         self.normalized: dict[torch.dtype, tuple[Adjacency, Tensor]] = {}
 
     def given(self) -> tuple[Tensor | None, ...]:
-        """The indices as they came, which groupings are made from later."""
-        return (self._source, self._target)
+        """The indices as they came, which groupings are made from later, and the EdgeIndex that holds them."""
+        return (self._source, self._target, None if self.origin is None else self.origin())
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "origin": None}
 
     @property
     def source(self) -> Tensor:
@@ -142,6 +149,9 @@ class Adjacency:
                 "edge_index: expected indices [2, E] with flow='target_to_source', got a sparse matrix; "
                 "transpose it instead."
             )
+        if torch.compiler.is_compiling() or callable(get_eval_frame_callback()):  # a skipped frame, too
+            result: Adjacency = _outside_of_dynamo(edge_index, num_src, num_dst)
+            return result
         return _from_matrix(edge_index, num_src, num_dst)
 
     def __repr__(self) -> str:
@@ -222,6 +232,7 @@ def _known_or_new(edge_index: EdgeIndex, num_src: int, num_dst: int | None, flow
     if adjacency is None:
         with torch.inference_mode(False):
             adjacency = _from_coo(edge_index, num_src, num_dst, flow)
+        adjacency.origin = weakref.ref(edge_index)
         if not has_values(adjacency.source):  # computed under a fake mode
             return adjacency
         if len(graphs) >= _MOST:
@@ -279,6 +290,29 @@ def _from_matrix(matrix: Any, num_src: int, num_dst: int | None) -> Adjacency:
         return Adjacency(ends, num_src, num_dst, by_source=grouping, edge_weight=weight, loops=loops)
     grouping = _compressed(ptr, index, num_dst, num_src, "source")
     return Adjacency((grouping[1], None), num_src, num_dst, by_target=grouping, edge_weight=weight, loops=loops)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _outside_of_dynamo(matrix: Any, num_src: int, num_dst: int | None) -> Adjacency:
+    """The same, a break in the graph. Dynamo can hold no views of a sparse matrix: these are copies."""
+    made = _from_matrix(matrix, num_src, num_dst)
+
+    def copied(t: Tensor | None) -> Any:
+        return None if t is None else t.clone()
+
+    ends = (copied(made._source), copied(made._target))
+    by_target, by_source = (
+        None if g is None else (copied(g[0]), copied(g[1]), copied(g[2])) for g in (made._by_target, made._by_source)
+    )
+    return Adjacency(
+        ends,
+        made.num_src,
+        made.num_dst,
+        by_target=by_target,
+        by_source=by_source,
+        edge_weight=copied(made.edge_weight),
+        loops=made.loops,
+    )
 
 
 def _compressed(ptr: Tensor, index: Tensor, num_keys: int, num_others: int, other: str) -> Grouping:

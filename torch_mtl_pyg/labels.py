@@ -42,6 +42,8 @@ def missing_value(task: Task, dtype: torch.dtype) -> int | None:
         value = MISSING
     else:
         return None
+    if dtype == torch.bool:
+        return value if task.loss == "cross_entropy" and value in (0, 1) else None
     # uint8 holds no -100; a comparison would wrap it to 156.
     return None if dtype in INTEGER and not torch.iinfo(dtype).min <= value <= torch.iinfo(dtype).max else value
 
@@ -52,8 +54,8 @@ def labelled(task: Task, labels: Tensor) -> Tensor:
     if labels.dtype in FLOATING:
         present = ~torch.isnan(labels)
         return present if missing is None else present & (labels != missing)
-    if labels.dtype == torch.bool:
-        return torch.ones_like(labels)
+    if labels.dtype == torch.bool and missing is not None:
+        return labels if missing == 0 else ~labels
     return labels != missing if missing is not None else torch.ones_like(labels, dtype=torch.bool)
 
 
@@ -99,19 +101,25 @@ def check_values(name: str, task: Task, labels: Tensor) -> None:
 
     Raises:
         LabelError: A class is not in ``[0, C)``, a binary label not in ``[0, 1]``, a count negative, or a number
-            infinite. The message names the task, the value and its row.
+            infinite. The message names the task, the value and its row. In a compiled function, where values are not
+            known, the error is PyTorch's assertion, at run time.
         ValueError: The task has no loss, and yet labels.
     """
+    compiling = torch.compiler.is_compiling()
     present = labelled(task, labels)
     if task.loss is None:
-        if bool(present.any()):
-            raise ValueError(f"y[{name!r}]: expected no labels, since the task has no loss, got some.")
+        message = f"y[{name!r}]: expected no labels, since the task has no loss, got some."
+        if compiling:
+            torch._assert_async(~present.any(), message)
+        elif bool(present.any()):
+            raise ValueError(message)
         return
     if callable(task.loss):
         return
     if task.loss == "cross_entropy":
         wrong = (labels < 0) | (labels >= task.out_channels)
-        wanted = f"classes in [0, {task.out_channels})"
+        # While compiling, numbers may be symbols, which no message can hold.
+        wanted = "classes that the task has" if compiling else f"classes in [0, {task.out_channels})"
         if labels.dtype in FLOATING:
             wrong = wrong | (labels != labels.trunc())
     elif task.loss == "bce":
@@ -124,13 +132,16 @@ def check_values(name: str, task: Task, labels: Tensor) -> None:
         wrong, wanted = (labels < 0) | labels.isinf(), "finite counts of at least 0"
     else:
         wrong, wanted = labels.isinf(), "finite numbers"
+    wrong = wrong & present
+    if compiling:
+        torch._assert_async(~wrong.any(), f"y[{name!r}]: expected {wanted}.")
+        return
     number = None if labels.dtype == torch.bool else missing_value(task, labels.dtype)
     signs = [str(number)] if number is not None else []
     if labels.dtype in FLOATING:
         signs.append("NaN")
     if signs:
         wanted += f"{',' if len(signs) > 1 else ' or'} {' or '.join(signs)} for a missing one"
-    wrong = wrong & present
     if bool(wrong.any()):
         place = wrong.nonzero()[0].tolist()
         value = labels[tuple(place)].item()

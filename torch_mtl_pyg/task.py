@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 LEVELS = ("node", "edge", "graph")
@@ -142,6 +143,8 @@ class TaskLayout:
 
     def only(self, name: str) -> TaskLayout:
         """The layout of one of the tasks alone, made at its first use."""
+        if torch.compiler.is_compiling():  # which may not change what lives longer
+            return TaskLayout({name: self.tasks[name]})
         single: dict[str, TaskLayout] = self.__dict__.setdefault("_only", {})
         if name not in single:
             single[name] = TaskLayout({name: self.tasks[name]})
@@ -257,7 +260,10 @@ def checked_integer(name: str, value: object) -> int:
     """An integer of any kind (also NumPy's), but no bool."""
     if isinstance(value, (bool, Tensor)) or not hasattr(value, "__index__"):
         raise TypeError(f"{name}: expected an int, got {type(value).__name__}.")
-    return int(value.__index__())
+    try:
+        return int(value.__index__())
+    except TypeError as error:  # an array of more than one
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}.") from error
 
 
 def _number(name: str, value: Any, low: float, high: float = math.inf) -> float:

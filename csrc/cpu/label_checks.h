@@ -59,7 +59,7 @@ inline Labels own_labels(const Tensor& y, const TaskSpec& task, size_t t, const 
 
 // Whether a number stands for a missing label: never in bool, and in floats where it could be no label.
 inline bool has_missing_number(Loss loss, LabelType type) {
-  if (type == LabelType::kBool) return false;
+  if (type == LabelType::kBool) return loss == Loss::kCrossEntropy;  // an ignore_index of 0 or 1
   const bool floating = type == LabelType::kFloat32 || type == LabelType::kFloat64 || type == LabelType::kBFloat16 ||
                         type == LabelType::kFloat16;
   return !floating || loss == Loss::kCrossEntropy || loss == Loss::kBce;

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
-from torch_geometric.nn import GCNConv, MessagePassing, SAGEConv
+from torch_geometric.nn import GCNConv, Linear, MessagePassing, SAGEConv
 
 from . import conv_parameters
 
@@ -156,11 +156,24 @@ def _checked(modules: object) -> dict[str, Any]:
             raise ValueError(f"{own}: expected aggr='add' of a GCNConv, got {layer.aggr!r}.")
         if any(getattr(layer, hooks) for hooks in _HOOKS):
             raise ValueError(f"{own}: expected a layer without hooks, got one with hooks.")
+        for part in ("lin", "lin_l", "lin_r"):
+            linear = getattr(layer, part, None)
+            if linear is None:
+                continue
+            if type(linear) not in (nn.Linear, Linear):  # also weight_norm makes a subclass
+                raise TypeError(f"{own}.{part}: expected a linear layer, got {type(linear).__name__}.")
+            if linear._forward_hooks or (linear._forward_pre_hooks and not _is_lazy(linear)):
+                raise ValueError(f"{own}.{part}: expected a layer without hooks, got one with hooks.")
         for option in ("aggr", "flow", "root_weight", "node_dim", "training"):
             mine, theirs = getattr(layer, option, None), getattr(first, option, None)
             if mine != theirs:
                 raise ValueError(f"{own}: expected {option}={theirs!r}, as modules[{first_name!r}] has, got {mine!r}.")
     return layers
+
+
+def _is_lazy(linear: Any) -> bool:
+    """Whether its one hook is that which gives it a shape."""
+    return isinstance(linear.weight, UninitializedParameter)
 
 
 def _check_parameters(parts: Mapping[str, tuple[Tensor | None, ...]]) -> None:

@@ -10,7 +10,7 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 if TYPE_CHECKING:
@@ -31,12 +31,20 @@ def set_frozen(heads: MultiTaskHeads, names: frozenset[str]) -> None:
         ValueError: The packed parameters are computed from others (torch.nn.utils.parametrize, prune): an optimizer
             then holds those, and rows cannot be kept.
     """
-    plain = all(isinstance(heads._parameters.get(heads.layer_names(i)[0]), nn.Parameter) for i in range(heads.depth))
-    if names and not plain:
-        raise ValueError("names: expected heads whose weight is a plain parameter, got one computed from others.")
+    computed = computed_parameters(heads)
+    if names and computed:
+        raise ValueError(
+            f"names: expected heads whose weight is a plain parameter, got {computed[0]} computed from others."
+        )
     heads._frozen = names
     remake_mask(heads)
     watch(heads)
+
+
+def computed_parameters(heads: MultiTaskHeads) -> list[str]:
+    """The names of weights and biases that are no parameters of their own (torch.nn.utils.parametrize, prune)."""
+    names = [name for layer in range(heads.depth) for name in heads.layer_names(layer)]
+    return [name for name in names if name not in heads._parameters]
 
 
 def remake_mask(heads: MultiTaskHeads) -> None:
@@ -60,6 +68,12 @@ def effective(heads: MultiTaskHeads) -> tuple[list[Tensor], list[Tensor]]:
     if not heads._frozen and heads.depth == 1:
         last = heads.bias
         return [heads.weight], [] if last is None else [last]
+    computed = computed_parameters(heads) if heads._frozen and not torch.compiler.is_compiling() else []
+    if computed:
+        raise ValueError(
+            f"{computed[0]}: expected a plain parameter, since some heads are frozen, got one computed from others; "
+            f"unfreeze them first."
+        )
     weights, biases = [], []
     for layer in range(heads.depth):
         names = heads.layer_names(layer)

@@ -203,6 +203,9 @@ def module_of(heads: MultiTaskHeads, name: str) -> nn.Module:
             linear.weight.copy_(weight[rows])
             if bias is not None:
                 linear.bias.copy_(bias[rows])
+        linear.weight.requires_grad_(weight.requires_grad)
+        if bias is not None:
+            linear.bias.requires_grad_(bias.requires_grad)
         if layer:
             parts.append(_MODULES[heads.act]())
             if heads.dropout:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..labels import check_values, labelled, split_labels
-from ..ops import Hidden, multi_head_loss, multi_head_mlp_loss, reference
+from ..ops import Hidden, multi_head_loss, multi_head_mlp, multi_head_mlp_loss, reference
 from ..ops._checks import check_floating, check_route, check_route_values, has_values
 from ..ops.multi_head_loss import Labels, Losses
 from ..ops.multi_head_mlp_loss import check_routed_labels, check_routed_tasks
@@ -117,11 +117,11 @@ def losses_of_routed(
     for name in own:
         rows = (task == layout.names.index(name)).nonzero()[:, 0]
         # Of a matrix, the columns that a row of this task has.
-        inputs, labels = x[rows], y[rows] if y.dim() == 1 else y[rows, : layout.tasks[name].out_channels]
-        out = output_of(heads, name, inputs, weights, biases, hidden)
+        labels = y[rows] if y.dim() == 1 else y[rows, : layout.tasks[name].out_channels]
+        out = _routed_output(heads, name, x, task, rows, weights, biases, hidden)
         values[name], counts[name] = _callable_loss(name, layout.tasks[name], out, labels)
         if gramian:
-            squares[name] = _square_at(heads, name, inputs, labels, weights, biases, hidden)
+            squares[name] = _square_at(heads, name, x, task, rows, labels, weights, biases, hidden)
     losses = _with_callables(layout, fused, values, counts)
     if losses.gramian is not None:
         for name, square in squares.items():
@@ -192,10 +192,29 @@ def _gradient_at(name: str, task: Task, out: Tensor, y: Tensor | None, value: Te
     return torch.zeros_like(out) if gradient is None else gradient.to(out.dtype)
 
 
+def _routed_output(
+    heads: MultiTaskHeads,
+    name: str,
+    x: Tensor,
+    task: Tensor,
+    rows: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    hidden: Hidden,
+) -> Tensor:
+    """``[rows, C_t]`` of the rows of one task; dropout's masks are those of their places among all rows."""
+    if hidden.seed is None:
+        return output_of(heads, name, x[rows], weights, biases, hidden)
+    out = multi_head_mlp(x, weights, biases, heads.layout, hidden, task)
+    return out[rows, : heads.tasks[name].out_channels]
+
+
 def _square_at(
     heads: MultiTaskHeads,
     name: str,
     x: Tensor,
+    task: Tensor,
+    rows: Tensor,
     y: Tensor,
     weights: list[Tensor],
     biases: list[Tensor],
@@ -204,7 +223,8 @@ def _square_at(
     """The squared norm of a callable loss's gradient at the embedding of its own rows."""
     with torch.inference_mode(False), torch.enable_grad():
         x = x.detach().clone().requires_grad_()
-        out = output_of(heads, name, x, [w.detach() for w in weights], [b.detach() for b in biases], hidden)
+        w, b = [w.detach() for w in weights], [b.detach() for b in biases]
+        out = _routed_output(heads, name, x, task, rows, w, b, hidden)
         value, _ = _callable_loss(name, heads.tasks[name], out, y)
         if not value.requires_grad:
             return value.new_zeros(())

@@ -104,6 +104,11 @@ def check_optimizer(heads: MultiTaskHeads, optimizer: object) -> None:
 
 def repack(heads: MultiTaskHeads, layout: TaskLayout, optimizer: torch.optim.Optimizer | None) -> None:
     """Gives heads a new layout: those of the same name keep their values, new ones are drawn."""
+    computed = freezing.computed_parameters(heads)
+    if computed:
+        raise ValueError(
+            f"{computed[0]}: expected a plain parameter of heads whose tasks change, got one computed from others."
+        )
     if optimizer is not None:
         check_optimizer(heads, optimizer)
     old_layout = heads.layout

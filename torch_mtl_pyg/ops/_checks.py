@@ -132,6 +132,11 @@ def check_route_values(task: Tensor, count: int) -> None:
         raise IndexError(f"task: expected indices in [0, {count}), got {int(task[row])} in row {row}.")
 
 
+def can_be_checked(t: Tensor) -> bool:
+    """Whether values can be looked at, now or, in a compiled function, when it runs."""
+    return t.device.type != "meta" if torch.compiler.is_compiling() else has_values(t)
+
+
 def has_values(t: Tensor) -> bool:
     """Whether Python may look at the values: not for fake tensors, and not inside the transforms of torch.func."""
     return not (

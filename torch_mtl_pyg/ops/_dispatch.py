@@ -159,6 +159,16 @@ def transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def check_gramian_in_transform(*tensors: Tensor | None) -> None:
+    """A Gramian comes from a gradient that is taken inside of the call, which ``torch.func.vmap`` cannot follow.
+
+    Raises:
+        ValueError: One of the tensors has a dimension of ``vmap``.
+    """
+    if any(t is not None and torch._C._functorch.is_batchedtensor(t) for t in tensors):
+        raise ValueError("gramian: expected False inside of torch.func.vmap, got True.")
+
+
 def records(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether autograd has to know of the op."""
     return torch.is_grad_enabled() and (

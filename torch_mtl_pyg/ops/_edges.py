@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch_geometric.index import ptr2index
 
+from ._dispatch import transformed
 from .group_edges import group_edges
 
 if TYPE_CHECKING:
@@ -56,6 +57,22 @@ class Edges:
         """``[N_dst]``: one over the number of edges of each target, in the dtype of sums."""
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
         return self.ptr.diff().clamp_(min=1).to(dtype).reciprocal_()
+
+
+def watched(out: Tensor, adjacency: Adjacency) -> Tensor:
+    """The same; its backward is an error where the graph's EdgeIndex has changed, which plain PyTorch does not see."""
+    given = None if adjacency.origin is None else adjacency.origin()
+    if given is None or not out.requires_grad or transformed():
+        return out
+    origin, version = adjacency.origin, given._version
+
+    def check(grad: Tensor) -> None:
+        now = None if origin is None else origin()
+        if now is not None and now._version != version:
+            raise RuntimeError("edge_index: expected that of the forward, got one modified by an inplace operation.")
+
+    out.register_hook(check)
+    return out
 
 
 def rows(t: Tensor) -> Tensor:

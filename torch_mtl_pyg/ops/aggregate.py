@@ -21,7 +21,7 @@ from torch import Tensor
 from . import _aggregate, reference_graph
 from ._checks import check_floating, check_same
 from ._dispatch import autocasts, runs_fused, transformed
-from ._edges import CODES, Edges
+from ._edges import CODES, Edges, watched
 
 if TYPE_CHECKING:
     from ..adjacency import Adjacency
@@ -51,7 +51,7 @@ def aggregate(x: Tensor, adjacency: Adjacency, edge_weight: Tensor | None = None
     edge_weight = check_graph(x, adjacency, edge_weight, reduce)
     if runs_fused(x.device.type, "aggregate") and not transformed():
         return _aggregate.aggregate(x, Edges.of(adjacency), edge_weight, CODES[reduce])
-    return reference_graph.aggregate(x, adjacency, edge_weight, reduce)
+    return watched(reference_graph.aggregate(x, adjacency, edge_weight, reduce), adjacency)
 
 
 def check_graph(x: Tensor, adjacency: Adjacency, edge_weight: Tensor | None, reduce: str) -> Tensor | None:

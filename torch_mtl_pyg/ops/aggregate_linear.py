@@ -22,7 +22,7 @@ from torch import Tensor
 from . import _aggregate_linear, reference_graph
 from ._checks import check_floating, check_same
 from ._dispatch import autocast_to, autocasts, runs_fused, transformed
-from ._edges import CODES, Edges
+from ._edges import CODES, Edges, watched
 from .aggregate import check_graph
 
 if TYPE_CHECKING:
@@ -98,7 +98,8 @@ def aggregate_linear(
     if runs_fused(device, "aggregate_linear") and not transformed():
         args = _aggregate_linear.Arguments(x, edge_weight, tuple(weights), root, tuple(root_weights or ()), bias)
         return _aggregate_linear.aggregate_linear(args, Edges.of(adjacency), CODES[reduce])
-    return reference_graph.aggregate_linear(x, adjacency, weights, bias, edge_weight, reduce, root, root_weights)
+    out = reference_graph.aggregate_linear(x, adjacency, weights, bias, edge_weight, reduce, root, root_weights)
+    return watched(out, adjacency)
 
 
 def _checked_blocks(name: str, weights: object, of: str, x: Tensor) -> Sequence[Tensor]:

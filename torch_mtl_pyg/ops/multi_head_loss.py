@@ -40,10 +40,12 @@ from torch._subclasses.fake_tensor import FakeTensor
 from ..labels import check_values, split_labels
 from ..task import TaskLayout
 from . import reference
+from ._checks import can_be_checked
 from ._dispatch import (
     LIBRARY,
     REFUSALS,
     autocast_to,
+    check_gramian_in_transform,
     is_batched,
     is_plain_call,
     prepare,
@@ -95,7 +97,7 @@ def multi_head_loss(
             parts = split_labels(y, layout, x)
             targets = [y] if isinstance(y, Tensor) else filled(parts, x)
             results = _call_op(x, weight, bias, targets, layout, gramian, outside)
-            return results[0], results[1], results[2], results[3] if gramian else None
+            return results[0], results[1], results[2], results[3].detach() if gramian else None
         if isinstance(x, FakeTensor):
             split_labels(y, layout, x)  # no kernel checks them
     try:
@@ -299,10 +301,11 @@ def _reference(
     outside: Sequence[Tensor],
 ) -> Losses:
     labels = split_labels(y, layout, x)
-    if not torch.compiler.is_compiling() and x.device.type != "meta" and not transformed():
-        for (name, task), part in zip(layout.tasks.items(), labels, strict=True):
-            if part is not None:
-                check_values(name, task, part)
+    if gramian:
+        check_gramian_in_transform(x, weight, bias, *labels)
+    for (name, task), part in zip(layout.tasks.items(), labels, strict=True):
+        if part is not None and can_be_checked(part):
+            check_values(name, task, part)
     per_task, count = reference.multi_head_loss(x, weight, bias, labels, layout)
     total = (per_task * total_weight(layout, per_task)).sum()
     product = None

@@ -22,8 +22,8 @@ from ..labels import DTYPES, FLOATING, check_values, label_columns, labelled, sp
 from ..task import TaskLayout
 from . import reference_mlp
 from ._aggregate import again, differentiable
-from ._checks import check_route_values, check_same
-from ._dispatch import LIBRARY, REFUSALS, autocast_to, register_shapes, transformed
+from ._checks import can_be_checked, check_route_values, check_same
+from ._dispatch import LIBRARY, REFUSALS, autocast_to, check_gramian_in_transform, register_shapes
 from .loss_table import loss_table, total_weight
 from .multi_head_loss import Labels, Losses, scale_by, targets_of, task_weights
 from .multi_head_mlp import any_needed, packed, prepare, recorded, split_parameters
@@ -72,6 +72,8 @@ def multi_head_mlp_loss(
     traced = torch.compiler.is_compiling() or x.device.type not in ("cpu", "cuda")
     if (traced or isinstance(x, FakeTensor)) and route is None:
         split_labels(y, layout, x)  # there no kernel checks them, or the op cannot explain what it refuses
+    if traced and route is not None and can_be_checked(route):
+        check_routed_tasks(route, y, layout)  # type: ignore[arg-type]
     if traced:
         ready = recorded(x, weights, biases) and not gramian and x.dtype != torch.float16
         table = loss_table(layout, bool(outside))
@@ -84,7 +86,7 @@ def multi_head_mlp_loss(
             *_needs(x, weights, biases, ready),
             gramian,
         )
-        return results[0], results[1], results[2], results[3] if gramian else None
+        return results[0], results[1], results[2], results[3].detach() if gramian else None
     try:
         targets = _targets(y, layout, x, route)
         if recorded(x, weights, biases):
@@ -153,16 +155,26 @@ def check_routed_tasks(route: Tensor, y: Tensor, layout: TaskLayout) -> None:
     """The tasks that occur have a loss, and as many labels a row as they read.
 
     Raises:
-        ValueError: A task has no loss, or ``y`` is too narrow for it.
+        ValueError: A task has no loss, or ``y`` is too narrow for it. In a compiled function the error is PyTorch's
+            assertion, at run time.
     """
-    for index in torch.unique(route).tolist():
+    compiling = torch.compiler.is_compiling()
+    for index in range(len(layout.names)) if compiling else torch.unique(route).tolist():
         name = layout.names[index]
         task = layout.tasks[name]
-        if task.loss is None:
-            raise ValueError(f"task: expected tasks with a loss, got {index} ({name!r}), which has none.")
         columns, got = label_columns(task) or 1, 1 if y.dim() == 1 else y.shape[1]
-        if columns > got:
-            raise ValueError(f"y: expected {columns} labels a row for the task {name!r}, got shape {list(y.shape)}.")
+        if task.loss is None:
+            message = f"task: expected tasks with a loss, got {index} ({name!r}), which has none."
+        elif columns > got:
+            # While compiling, numbers may be symbols, which no message can hold.
+            message = f"y: expected as many labels a row as the task {name!r} has."
+            if not compiling:
+                message = f"y: expected {columns} labels a row for the task {name!r}, got shape {list(y.shape)}."
+        else:
+            continue
+        if not compiling:
+            raise ValueError(message)
+        torch._assert_async(~(route == index).any(), message)
 
 
 def _explain(labels: Sequence[Tensor | None], layout: TaskLayout, route: Tensor | None) -> None:
@@ -176,6 +188,11 @@ def _explain(labels: Sequence[Tensor | None], layout: TaskLayout, route: Tensor 
     y = labels[0]
     assert y is not None
     check_routed_tasks(route, y, layout)
+    if torch.compiler.is_compiling():
+        for (name, task), part in zip(layout.tasks.items(), reference_mlp.masked_labels(route, y, layout), strict=True):
+            if part is not None:
+                check_values(name, task, part)
+        return
     for index, rows in reference_mlp.rows_by_task(route, len(layout.names)):
         name = layout.names[index]
         task = layout.tasks[name]
@@ -310,7 +327,9 @@ def _reference(
     gramian: bool,
     outside: Sequence[Tensor],
 ) -> Losses:
-    if not torch.compiler.is_compiling() and x.device.type != "meta" and not transformed():
+    if gramian:
+        check_gramian_in_transform(x, *weights, *biases, *labels, route)
+    if all(can_be_checked(t) for t in (route, *labels) if t is not None):
         _explain(labels, layout, route)
     per_task, count = reference_mlp.multi_head_mlp_loss(x, weights, biases, labels, layout, hidden, route)
     total = (per_task * total_weight(layout, per_task)).sum()

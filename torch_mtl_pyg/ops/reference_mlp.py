@@ -10,11 +10,10 @@ from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.nn import functional as F
 
-from ..labels import check_values, label_columns, labelled
+from ..labels import label_columns, labelled
 from ..task import TaskLayout
 from . import reference
 from ._checks import has_values
-from ._dispatch import transformed
 
 # In the order of csrc/common/heads.h.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -100,8 +99,6 @@ def multi_head_mlp_loss(
         if not isinstance(task.loss, str):
             continue
         own = own_labels(y, layout, index)[rows]
-        if not transformed():
-            check_values(name, task, own)
         loss, counts[index] = reference.task_loss(task, out[rows][:, : task.out_channels], own)
         losses[index] = loss + zero
     return torch.stack(losses), torch.stack(counts)
@@ -151,7 +148,8 @@ def masked_labels(route: Tensor, y: Tensor, layout: TaskLayout) -> list[Tensor |
     for index, task in enumerate(layout.tasks.values()):
         own = own_labels(y, layout, index)
         wanted = label_columns(task)
-        if not isinstance(task.loss, str) or (own.dim() == 2 and own.shape[1] != wanted):
+        # Labels too narrow for a task are refused where it has rows.
+        if not isinstance(task.loss, str) or (1 if own.dim() == 1 else own.shape[1]) != wanted:
             labels.append(None)
             continue
         mine = route == index if own.dim() == 1 else (route == index).unsqueeze(1)
