@@ -4,8 +4,9 @@
 
 1. Builds the library with the CUDA kernels (nvcc), and loads it.
 2. Checks heads, their gradients, losses and Gramians of every dtype and kind of loss against float64; hidden layers,
-   routed rows, encoders (gpu_check_mlp.py) and convolutions (gpu_check_graphs.py) too; and captures a step in a CUDA
-   graph, which a wait of the host would make fail.
+   routed rows, encoders (gpu_check_mlp.py) and convolutions (gpu_check_graphs.py) too; steps under torch.compile,
+   autocast, a gradient scaler, in threads and on other streams and GPUs (gpu_check_use.py); and captures a step in a
+   CUDA graph, which a wait of the host would make fail.
 3. Runs the same checks once more under ``compute-sanitizer``, where that is installed.
 4. Times a step with losses, the same as a CUDA graph (without the host's part), and heads alone, in turns: a
    ``ModuleList`` and a loop over losses (``list``), one wide ``Linear`` and losses over ``split`` (``wide``), one loss
@@ -34,6 +35,7 @@ from typing import Any
 
 import gpu_check_graphs
 import gpu_check_mlp
+import gpu_check_use
 import torch
 from common import print_table, save, settings
 from torch import Tensor, nn
@@ -311,6 +313,7 @@ def main() -> None:
     result: dict[str, Any] = {"settings": head, "checks": check(device)}
     for part in (gpu_check_graphs, gpu_check_mlp):
         result["checks"] += part.check(device, DTYPES, expect)
+    result["checks"] += gpu_check_use.check(device, expect)
     print(f"{result['checks']} checks passed.")
     if args.emulated:
         return save(args.json, result)
