@@ -21,6 +21,7 @@ GOOD = (
     "cp_async",
     "sums",
     "turned",
+    "pairs",
     "votes",
     "conversions",
     "limits",
@@ -31,7 +32,10 @@ KERNELS = (
     *("warps_bfloat16", "warps_float16", "logits_float32", "logits_float64", "logits_bfloat16"),
 )
 GRAPHS = tuple(f"graphs_{kind}" for kind in ("float32", "float64", "bfloat16", "float16", "refused"))
-LACKING = ("no_wait", "no_barrier_behind_a_wait", "no_barrier", "no_warp_barrier", "no_meeting", "no_memory_there")
+LACKING = (
+    *("no_wait", "no_barrier_behind_a_wait", "no_barrier", "no_warp_barrier", "no_meeting", "no_memory_there"),
+    *("no_barrier_of_a_pair", "no_barrier_behind_pairs", "too_few_at_a_barrier", "a_barrier_of_two_sizes"),
+)
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g")
 
 

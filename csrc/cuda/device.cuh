@@ -6,6 +6,7 @@
 //   mma                             16 x 8 products on tensor cores, sums in float32
 //   ldmatrix_x4, ldmatrix_x4_trans  four 8 x 8 matrices of 16-bit numbers from shared memory
 //   cp_async_16, _commit, _wait     copies from global to shared memory that run beside the computation
+//   sync_threads                    a barrier of some warps of a block
 //
 // Layouts of the fragments: PTX ISA, "Matrix multiply-accumulate operation using mma instruction".
 #pragma once
@@ -149,6 +150,11 @@ __device__ inline void cp_async_commit() { asm volatile("cp.async.commit_group;"
 template <int kPending>
 __device__ inline void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// Whole warps, `threads` of them in all, meet at one of the barriers 1 to 15.
+__device__ inline void sync_threads(int barrier, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
 }  // namespace mtl::cuda

@@ -33,9 +33,12 @@ struct FusedShape {
   using Element = typename Engine::Element;
   using Sum = typename Engine::Sum;
   // Multiply-adds want eight rows a thread, so that they do not wait for shared memory; then the largest weights leave
-  // no room for a second tile.
-  static constexpr int kRows = std::is_same_v<Engine, Exact32> ? 128 : 64, kSteps = kRows / 32;
+  // no room for a second tile, and the next one comes as soon as dW has this one. Their threads have four neighbours of
+  // dx, which need no place on their way out.
+  static constexpr bool kDirect = std::is_same_v<Engine, Exact32>;
+  static constexpr int kRows = kDirect ? 128 : 64, kSteps = kRows / 32;
   static constexpr int kTiles = kRows * K * D > 128 * 128 * 64 ? 1 : 2;
+  static_assert(kTiles == 2 || kDirect, "one place for x has none for dx");
   static constexpr int kWeightRow = row_of<Element>(D), kGradientRow = row_of<Element>(K);
   // Where sums and elements are one type, the gradients are multiplied where they lie; else the logits' rows begin in
   // different banks.
@@ -105,30 +108,25 @@ __global__ void __launch_bounds__(kThreads, 1)
   for (int i = thread; i < Shape::kSteps * K; i += kThreads) losses[i] = 0;
   for (int i = thread; i < K; i += kThreads)
     bias[i] = job.bias && i < k ? converted<Sum>(job.bias[i * job.bias_stride]) : Sum(0);
+  const auto load = [&](int64_t tile, int at) {
+    load_tile(tiles + at * kRows * Shape::kWeightRow, Shape::kWeightRow, job.x, tile * kRows, kRows, 0, D);
+    cp_async_commit();
+  };
   int64_t tile = blockIdx.x;
-  load_tile(tiles, Shape::kWeightRow, job.x, tile * kRows, kRows, 0, D);
-  cp_async_commit();
+  load(tile, 0);
   finish_labels_first<Sum>(job.norm, job.scale, kWarps, [&](int t, Sum own) { scale[t] = own; });
 
   Product<Engine, K, D, true, true> weight_sum;
   weight_sum.clear();
   Sum bias_sum = Sum(0);
   const int depth_k = round_up(static_cast<int>(k), kStep), depth_d = round_up(static_cast<int>(d), kStep);
-  for (int at = 0; tile < tile_count; tile += gridDim.x, at ^= Shape::kTiles - 1) {
+  for (int at = 0; tile < tile_count; at ^= Shape::kTiles - 1) {
     Element* const x = tiles + at * kRows * Shape::kWeightRow;
     const int64_t row = tile * kRows;
-    if (Shape::kTiles == 1 && tile != blockIdx.x) {
-      __syncthreads();
-      load_tile(tiles, Shape::kWeightRow, job.x, row, kRows, 0, D);
-      cp_async_commit();
-    }
+    tile += gridDim.x;
     cp_async_wait<0>();
     __syncthreads();  // this tile is here, and nobody reads the one before any more
-    if (Shape::kTiles == 2) {
-      load_tile(tiles + (at ^ 1) * kRows * Shape::kWeightRow, Shape::kWeightRow, job.x, (tile + gridDim.x) * kRows,
-                kRows, 0, D);
-      cp_async_commit();
-    }
+    if (Shape::kTiles == 2) load(tile, at ^ 1);
     {
       Product<Engine, kRows, K, false, false> logits;
       logits.clear();
@@ -136,6 +134,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       logits.each([&](int r, int c, Sum v) { z[r * Shape::kLogitRow + c] = c < k ? v + bias[c] : Sum(0); });
     }
     __syncthreads();
+    if (Shape::kTiles == 1 && !job.need_sums) load(tile, 0);  // x has been read
     tile_losses(job.tasks, job.reals, job.task_count, job.labels, job.label_step, scale, n, row, Shape::kSteps, z,
                 Shape::kLogitRow, gradient, losses);
     if (!gradient) continue;
@@ -149,15 +148,23 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     if constexpr (!Shape::kOne) __syncthreads();
     if (job.need_sums) weight_sum.add(g, Shape::kGradientRow, x, Shape::kWeightRow, kRows);
+    if (Shape::kTiles == 1 && job.need_sums) {
+      __syncthreads();
+      load(tile, 0);  // on its way during the product below
+    }
     if (!job.dx) continue;
+    const int rows = n - row < kRows ? static_cast<int>(n - row) : kRows;
     Product<Engine, kRows, D, false, true> dx;
     dx.clear();
     dx.add(g, Shape::kGradientRow, weight, Shape::kWeightRow, depth_k);
-    __syncthreads();  // x has been read: its place takes dx on its way out
-    dx.each([&](int r, int c, Sum v) { x[r * Shape::kWeightRow + c] = converted<Element>(v); });
-    __syncthreads();
-    store_tile(x, Shape::kWeightRow, job.dx, d, row, n - row < kRows ? static_cast<int>(n - row) : kRows, 0,
-               static_cast<int>(d));
+    if constexpr (Shape::kDirect) {
+      dx.store(job.dx + row * d, d, rows, static_cast<int>(d));
+    } else {
+      __syncthreads();  // x has been read: its place takes dx on its way out
+      dx.each([&](int r, int c, Sum v) { x[r * Shape::kWeightRow + c] = converted<Element>(v); });
+      __syncthreads();
+      store_tile(x, Shape::kWeightRow, job.dx, d, row, rows, 0, static_cast<int>(d));
+    }
   }
   cp_async_wait<0>();
   __syncthreads();

@@ -48,12 +48,17 @@ struct alignas(16) Four {
   T v[4];
 };
 
-// ---- Plain multiply-adds: thread (y, x) of 16 x 16 has M / 16 rows and N / 16 columns.
+// ---- Plain multiply-adds: thread (y, x) of kHigh x kWide has every kHigh-th row and every kWide-th column. Long tiles
+// have as many threads along them as make a thread's own tile square, which reads least for its multiply-adds. A warp
+// has 4 x 8 threads, since its reads are as long as the different numbers in them, and neighbours in a column are
+// neighbours in the warp.
 template <class Engine, int M, int N, bool kTransposedA, bool kTransposedB>
 struct Product {
   using Element = typename Engine::Element;
   using Sum = typename Engine::Sum;
-  static constexpr int kRows = M / 16, kColumns = N / 16;
+  static constexpr int kWide = M >= 4 * N ? 8 : N >= 4 * M ? 32 : 16, kHigh = kThreads / kWide;
+  static constexpr int kRows = M / kHigh, kColumns = N / kWide;
+  static_assert(M % kHigh == 0 && N % kWide == 0, "every thread has as much");
   // Four neighbours are read at once where the tile's rows run along them.
   static constexpr bool kFourRows = kTransposedA && kRows % 4 == 0, kFourColumns = kTransposedB && kColumns % 4 == 0;
 
@@ -66,12 +71,14 @@ struct Product {
       for (int j = 0; j < kColumns; ++j) sum[i][j] = Sum(0);
   }
   static __device__ int row(int i) {
-    const int y = static_cast<int>(threadIdx.x) / 16;
-    return kFourRows ? i / 4 * 64 + y * 4 + i % 4 : i * 16 + y;
+    const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
+    const int y = thread / (4 * kWide) * 4 + lane / 16 * 2 + lane % 2;
+    return kFourRows ? i / 4 * 4 * kHigh + y * 4 + i % 4 : i * kHigh + y;
   }
   static __device__ int column(int j) {
-    const int x = static_cast<int>(threadIdx.x) % 16;
-    return kFourColumns ? j / 4 * 64 + x * 4 + j % 4 : j * 16 + x;
+    const int thread = static_cast<int>(threadIdx.x);
+    const int x = thread / 32 % (kWide / 8) * 8 + thread % 16 / 2;
+    return kFourColumns ? j / 4 * 4 * kWide + x * 4 + j % 4 : j * kWide + x;
   }
   __device__ void add(const Element* a, int a_row, const Element* b, int b_row, int depth) {
     for (int k = 0; k < depth; k += 4) {
@@ -104,6 +111,26 @@ struct Product {
     for (int i = 0; i < kRows; ++i)
 #pragma unroll
       for (int j = 0; j < kColumns; ++j) f(row(i), column(j), sum[i][j]);
+  }
+  // Straight to global memory, the first `rows` rows and `columns` columns: four neighbours at once where all rows
+  // begin at 16 bytes, and eight threads write 128 bytes of a row then.
+  __device__ void store(Element* out, int64_t out_row, int rows, int columns) const {
+    static_assert(kFourColumns && sizeof(Element) == sizeof(Sum));
+    const bool aligned = reinterpret_cast<uintptr_t>(out) % 16 == 0 && out_row % 4 == 0 && columns % 4 == 0;
+#pragma unroll
+    for (int i = 0; i < kRows; ++i)
+#pragma unroll
+      for (int j = 0; j < kColumns; j += 4) {
+        Element* const to = out + row(i) * out_row + column(j);
+        if (row(i) >= rows || column(j) >= columns) continue;
+        if (aligned) {
+          *reinterpret_cast<Four<Element>*>(to) = {sum[i][j], sum[i][j + 1], sum[i][j + 2], sum[i][j + 3]};
+          continue;
+        }
+#pragma unroll
+        for (int q = 0; q < 4; ++q)
+          if (column(j) + q < columns) to[q] = sum[i][j + q];
+      }
   }
 
  private:

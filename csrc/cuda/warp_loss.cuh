@@ -98,9 +98,101 @@ __device__ inline float fast_log1p(float x) {
   return x < 0.03125f ? series : fast_log(1.0f + x);
 }
 
+// A row of a task: its loss, and its gradients in place of the logits and, rounded, in `to`. Maths as in losses.cuh;
+// what is as large as the largest logit is counted, not added, so that the rest keeps its digits. Columns that fill up
+// a fragment have logits of -inf, which add nothing.
+struct Row {
+  Four<float>* own;
+  int label;
+  bool missing;
+  float scale;
+};
+struct alignas(16) Eight {
+  uint32_t v[4];
+};
+struct Exponentials {
+  float all = 0.0f, rest = 0.0f;
+
+  __device__ void add(Four<float>& four, float largest) {
+#pragma unroll
+    for (int q = 0; q < 4; ++q) {
+      const float e = fast_exp(four.v[q] - largest);
+      four.v[q] = e;
+      all += e;
+      rest += e >= 1.0f ? 0.0f : e;
+    }
+  }
+  // Of all but one that is as large as the largest.
+  __device__ float beside() const { return rest + (rintf(all - rest) - 1.0f); }
+};
+__device__ inline float largest_of(float largest, const Four<float>& four) {
+  return fmaxf(fmaxf(largest, fmaxf(four.v[0], four.v[1])), fmaxf(four.v[2], four.v[3]));
+}
+template <class Element>
+__device__ void store_gradients(Four<float>* own, Element* to, Four<float>& a, Four<float>& b, float factor,
+                                bool missing) {
+#pragma unroll
+  for (int q = 0; q < 4; ++q) {
+    a.v[q] = missing ? 0.0f : a.v[q] * factor;
+    b.v[q] = missing ? 0.0f : b.v[q] * factor;
+  }
+  own[0] = a;
+  own[1] = b;
+  *reinterpret_cast<Eight*>(to) = {pack<Element>(a.v[0], a.v[1]), pack<Element>(a.v[2], a.v[3]),
+                                   pack<Element>(b.v[0], b.v[1]), pack<Element>(b.v[2], b.v[3])};
+}
+template <class Element>
+__device__ float end_row(const Row& row, Element* to, float at_label, float e, float beside, float factor) {
+  if (row.missing) return 0.0f;
+  const float at_own = e * factor - row.scale;
+  reinterpret_cast<float*>(row.own)[row.label] = at_own;
+  to[row.label] = from_float<Element>(at_own);
+  return fast_log1p(beside) - at_label;
+}
+
+// Of at most 16 columns: read once, and kept in registers.
+template <class Element, int kPieces>
+__device__ float narrow_row(const Row& row, Element* to) {
+  Four<float> piece[kPieces];
+  float largest = __uint_as_float(0xff800000u);
+#pragma unroll
+  for (int p = 0; p < kPieces; ++p) {
+    piece[p] = row.own[p];
+    largest = largest_of(largest, piece[p]);
+  }
+  const float at_label = reinterpret_cast<const float*>(row.own)[row.label] - largest;
+  Exponentials sums;
+#pragma unroll
+  for (int p = 0; p < kPieces; ++p) sums.add(piece[p], largest);
+  const float beside = sums.beside(), factor = fast_divide(row.scale, 1.0f + beside);
+#pragma unroll
+  for (int p = 0; p < kPieces; p += 2)
+    store_gradients(row.own + p, to + p * 4, piece[p], piece[p + 1], factor, row.missing);
+  return end_row(row, to, at_label, fast_exp(at_label), beside, factor);
+}
+template <class Element>
+__device__ float wide_row(const Row& row, Element* to, int pieces) {
+  float largest = __uint_as_float(0xff800000u);
+  for (int p = 0; p < pieces; ++p) largest = largest_of(largest, row.own[p]);
+  const float at_label = reinterpret_cast<const float*>(row.own)[row.label] - largest;
+  Exponentials sums;
+  for (int p = 0; p < pieces; ++p) {
+    Four<float> four = row.own[p];
+    sums.add(four, largest);
+    row.own[p] = four;
+  }
+  const float beside = sums.beside(), factor = fast_divide(row.scale, 1.0f + beside);
+  const float e = reinterpret_cast<const float*>(row.own)[row.label];
+  MTL_STEPS
+  for (int p = 0; p < pieces; p += 2) {
+    Four<float> a = row.own[p], b = row.own[p + 1];
+    store_gradients(row.own + p, to + p * 4, a, b, factor, row.missing);
+  }
+  return end_row(row, to, at_label, e, beside, factor);
+}
+
 // Losses of the warp's rows, added to losses[task], and their gradients at the logits, to g. A lane has a row of a
-// task. Maths as in losses.cuh; what is as large as the largest logit is counted, not added, so that the rest keeps its
-// digits. Columns that fill up a fragment have logits of -inf, which add nothing.
+// task.
 template <class Element>
 __device__ void warp_losses(const WarpTask* tasks, int task_count, int first, int step, const float* labels,
                             int label_row_step, int64_t live_rows, float* z, int z_row, Element* g, int g_row,
@@ -108,54 +200,19 @@ __device__ void warp_losses(const WarpTask* tasks, int task_count, int first, in
   const int lane = static_cast<int>(threadIdx.x) % 32, r = lane % 16;
   for (int t = first + lane / 16; t < task_count; t += step) {
     const WarpTask task = tasks[t];
-    Four<float>* const own = reinterpret_cast<Four<float>*>(z + r * z_row + task.slot * 8);
-    Element* const to = g + r * g_row + task.slot * 8;
     const float y = task.label_row >= 0 && r < live_rows ? labels[task.label_row * label_row_step + r]
                                                          : __uint_as_float(0x7fc00000u);
     const bool missing = y != y;
-    const int label = missing ? 0 : static_cast<int>(y), pieces = task.slots * 2;
-    float largest = __uint_as_float(0xff800000u);
-    for (int p = 0; p < pieces; ++p) {
-      const Four<float> four = own[p];
-      largest = fmaxf(fmaxf(largest, fmaxf(four.v[0], four.v[1])), fmaxf(four.v[2], four.v[3]));
-    }
-    const float at_label = reinterpret_cast<const float*>(own)[label] - largest;
-    float all = 0.0f, rest = 0.0f;
-    for (int p = 0; p < pieces; ++p) {
-      Four<float> four = own[p];
-#pragma unroll
-      for (int q = 0; q < 4; ++q) {
-        const float e = fast_exp(four.v[q] - largest);
-        four.v[q] = e;
-        all += e;
-        rest += e >= 1.0f ? 0.0f : e;
-      }
-      own[p] = four;
-    }
-    const float beside = rest + (rintf(all - rest) - 1.0f);
-    float loss = missing ? 0.0f : fast_log1p(beside) - at_label;
-    const float factor = fast_divide(task.scale, 1.0f + beside);
-    const float at_own = reinterpret_cast<const float*>(own)[label] * factor - task.scale;
-    struct alignas(16) Eight {
-      uint32_t v[4];
-    };
-    MTL_STEPS
-    for (int p = 0; p < pieces; p += 2) {
-      Four<float> a = own[p], b = own[p + 1];
-#pragma unroll
-      for (int q = 0; q < 4; ++q) {
-        a.v[q] = missing ? 0.0f : a.v[q] * factor;
-        b.v[q] = missing ? 0.0f : b.v[q] * factor;
-      }
-      own[p] = a;
-      own[p + 1] = b;
-      *reinterpret_cast<Eight*>(to + p * 4) = {pack<Element>(a.v[0], a.v[1]), pack<Element>(a.v[2], a.v[3]),
-                                               pack<Element>(b.v[0], b.v[1]), pack<Element>(b.v[2], b.v[3])};
-    }
-    if (!missing) {
-      reinterpret_cast<float*>(own)[label] = at_own;
-      to[label] = from_float<Element>(at_own);
-    }
+    const Row row{reinterpret_cast<Four<float>*>(z + r * z_row + task.slot * 8), missing ? 0 : static_cast<int>(y),
+                  missing, task.scale};
+    Element* const to = g + r * g_row + task.slot * 8;
+    float loss;
+    if (task.slots == 1)
+      loss = narrow_row<Element, 2>(row, to);
+    else if (task.slots == 2)
+      loss = narrow_row<Element, 4>(row, to);
+    else
+      loss = wide_row(row, to, task.slots * 2);
     loss = lanes_sum<16>(loss);
     if (r == 0) losses[t] += static_cast<double>(loss);
   }
@@ -234,77 +291,94 @@ __global__ void __launch_bounds__(WarpLossShape<Engine, K, D>::kBlock, WarpLossS
 
   Product16<Element, K, D, true, true, Shape::kCount> weight_sum;
   weight_sum.clear();
-  constexpr int kParts = kBlock / K;
-  float bias_sum = 0.0f;  // of one column of the gradients, every kParts-th row, before they are rounded
+  // Of some columns of the gradients, the group's rows of each tile, before they are rounded.
+  constexpr int kSums = K / (32 * kHalves);
+  const int first_sum = (half * 32 + lane) * kSums;
+  float bias_sum[kSums] = {};
+  // The warps that have the same rows meet.
+  const auto meet = [&] {
+    if constexpr (kHalves > 1)
+      sync_threads(1 + group, 32 * kHalves);
+    else
+      __syncwarp();
+  };
   const int depth = round_up(d, kStep);
   for (int at = 0; tile < tile_count; tile += static_cast<int>(gridDim.x), at ^= 1) {
     Element* const x = tiles + at * Shape::kTile;
-    Element* const own_x = x + group * 16 * kRow;
     Element* const own_gradients = gradients + group * 16 * kGradientRow;
     float* const own_z = z + group * 16 * kLogitRow;
     const int64_t row = static_cast<int64_t>(tile) * kRows + group * 16;
     cp_async_wait<0>();
-    __syncthreads();  // this tile is here, and nobody reads the one before any more
+    __syncthreads();  // this tile is here, and nobody reads the one before or its gradients any more
     load(tile + static_cast<int>(gridDim.x), at ^ 1);
-    warp_logits<Element, K / kHalves>(own_x, weight, kRow, depth, half * (K / kHalves), bias, own_z, kLogitRow);
-    if constexpr (kHalves > 1)
-      __syncthreads();
-    else
-      __syncwarp();
+    warp_logits<Element, K / kHalves>(x + group * 16 * kRow, weight, kRow, depth, half * (K / kHalves), bias, own_z,
+                                      kLogitRow);
+    meet();
     warp_losses(tasks, warp_job.task_count, half * 2, 2 * kHalves, label_tiles + at * label_size + group * 16, kRows,
                 n - row, own_z, kLogitRow, own_gradients, kGradientRow, losses + warp * kSlots);
     if (!gradient) continue;
-    __syncthreads();
+    meet();
     if (job.need_sums) {
-      weight_sum.add(gradients, kGradientRow, x, kRow, kRows);
 #pragma unroll kRowsAtOnce
-      for (int r = thread / K; r < kRows; r += kParts) bias_sum += z[r * kLogitRow + thread % K];
+      for (int r = 0; r < 16; ++r)
+#pragma unroll
+        for (int c = 0; c < kSums; ++c) bias_sum[c] += own_z[r * kLogitRow + first_sum + c];
     }
-    if (!job.dx) continue;
-    __syncthreads();  // x has been read: its place takes dx on its way out
-    constexpr int kOwn = D / kHalves, kWide = kOwn < 64 ? kOwn : 64;  // columns of dx of a warp; at a time
-    Element* const out = own_x + half * kOwn;
+    if (job.dx) {
+      // Columns of dx of a warp; at a time. They go out by way of the logits' place, which all have read then.
+      constexpr int kOwn = D / kHalves, kWide = kOwn < 64 ? kOwn : 64, kOutRow = 2 * kLogitRow;
+      static_assert(kHalves * kWide <= kOutRow, "they find a place there");
+      Element* const out = reinterpret_cast<Element*>(own_z) + half * kWide;
 #pragma unroll 1
-    for (int first = 0; first < kOwn; first += kWide) {
-      float sum[kWide / 8][4];
+      for (int first = 0; first < kOwn; first += kWide) {
+        float sum[kWide / 8][4];
 #pragma unroll
-      for (int j = 0; j < kWide / 8; ++j)
+        for (int j = 0; j < kWide / 8; ++j)
 #pragma unroll
-        for (int q = 0; q < 4; ++q) sum[j][q] = 0.0f;
-      const Element* const g = own_gradients + lane % 16 * kGradientRow + lane / 16 * 8;
-      const Element* const w = weight + (in_quarter + quarter % 2 * 8) * kRow + half * kOwn + first + quarter / 2 * 8;
+          for (int q = 0; q < 4; ++q) sum[j][q] = 0.0f;
+        const Element* const g = own_gradients + lane % 16 * kGradientRow + lane / 16 * 8;
+        const Element* const w = weight + (in_quarter + quarter % 2 * 8) * kRow + half * kOwn + first + quarter / 2 * 8;
 #pragma unroll 1
-      for (int s = 0; s < K; s += 16) {
-        uint32_t left[4];
-        ldmatrix_x4(left, g + s);
+        for (int s = 0; s < K; s += 16) {
+          uint32_t left[4];
+          ldmatrix_x4(left, g + s);
 #pragma unroll
-        for (int j = 0; j < kWide / 8; j += 2) {
-          uint32_t right[4];
-          ldmatrix_x4_trans(right, w + s * kRow + j * 8);
-          const uint32_t low[2] = {right[0], right[1]}, high[2] = {right[2], right[3]};
-          mma(sum[j], left, low, Element{});
-          mma(sum[j + 1], left, high, Element{});
+          for (int j = 0; j < kWide / 8; j += 2) {
+            uint32_t right[4];
+            ldmatrix_x4_trans(right, w + s * kRow + j * 8);
+            const uint32_t low[2] = {right[0], right[1]}, high[2] = {right[2], right[3]};
+            mma(sum[j], left, low, Element{});
+            mma(sum[j + 1], left, high, Element{});
+          }
+        }
+        if (first == 0)
+          meet();
+        else
+          __syncwarp();
+#pragma unroll
+        for (int j = 0; j < kWide / 8; ++j)
+#pragma unroll
+          for (int h = 0; h < 2; ++h)
+            *reinterpret_cast<uint32_t*>(out + (h * 8 + lane / 4) * kOutRow + j * 8 + lane % 4 * 2) =
+                pack<Element>(sum[j][h * 2], sum[j][h * 2 + 1]);
+        __syncwarp();
+        const int column = half * kOwn + first;
+        if (d == D && row + 16 <= n) {
+          constexpr int kPieces = kWide / 8, kStepRows = 32 / kPieces;
+          const int r = lane / kPieces, c = lane % kPieces * 8;
+          Element* to = job.dx + (row + r) * D + column + c;
+#pragma unroll
+          for (int i = 0; i < 16 / kStepRows; ++i, to += kStepRows * D)
+            *reinterpret_cast<int4*>(to) = *reinterpret_cast<const int4*>(out + (r + i * kStepRows) * kOutRow + c);
+        } else if (row < n && column < d) {
+          store_tile(out, kOutRow, job.dx, d, row, n - row < 16 ? static_cast<int>(n - row) : 16, column,
+                     d - column < kWide ? d - column : kWide, lane, 32);
         }
       }
-#pragma unroll
-      for (int j = 0; j < kWide / 8; ++j)
-#pragma unroll
-        for (int h = 0; h < 2; ++h)
-          *reinterpret_cast<uint32_t*>(out + (h * 8 + lane / 4) * kRow + first + j * 8 + lane % 4 * 2) =
-              pack<Element>(sum[j][h * 2], sum[j][h * 2 + 1]);
     }
-    __syncwarp();
-    if (d == D && row + 16 <= n) {
-      constexpr int kPieces = kOwn / 8, kStepRows = 32 / kPieces;
-      const int r = lane / kPieces, c = lane % kPieces * 8;
-      Element* to = job.dx + (row + r) * D + half * kOwn + c;
-#pragma unroll
-      for (int i = 0; i < 16 / kStepRows; ++i, to += kStepRows * D)
-        *reinterpret_cast<int4*>(to) = *reinterpret_cast<const int4*>(out + (r + i * kStepRows) * kRow + c);
-    } else if (row < n && half * kOwn < d) {
-      store_tile(out, kRow, job.dx, d, row, n - row < 16 ? static_cast<int>(n - row) : 16, half * kOwn,
-                 d - half * kOwn < kOwn ? d - half * kOwn : kOwn, lane, 32);
-    }
+    if (!job.need_sums) continue;
+    __syncthreads();  // all gradients of the tile are here
+    weight_sum.add(gradients, kGradientRow, x, kRow, kRows);
   }
   cp_async_wait<0>();
   __syncthreads();
@@ -320,12 +394,14 @@ __global__ void __launch_bounds__(WarpLossShape<Engine, K, D>::kBlock, WarpLossS
     const Slot& s = slots[r / 8];
     if (r % 8 < s.count && c < d) own[(s.begin + r % 8) * d + c] = v;
   });
-  z[thread] = bias_sum;
+#pragma unroll
+  for (int c = 0; c < kSums; ++c) z[group * K + first_sum + c] = bias_sum[c];
   __syncthreads();
   if (thread >= K) return;
-  for (int part = 1; part < kParts; ++part) bias_sum += z[part * K + thread];
+  float sum = 0.0f;
+  for (int g = 0; g < kRows / 16; ++g) sum += z[g * K + thread];
   const Slot& s = slots[thread / 8];
-  if (thread % 8 < s.count) job.bias_parts[blockIdx.x * k + s.begin + thread % 8] = bias_sum;
+  if (thread % 8 < s.count) job.bias_parts[blockIdx.x * k + s.begin + thread % 8] = sum;
 }
 
 #undef MTL_STEPS

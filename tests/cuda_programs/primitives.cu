@@ -124,6 +124,23 @@ __global__ void turned(const int* in, int* out, bool meets) {
   out[t] = tile[31 - t];
 }
 
+// Warps 0 and 1 turn 64 numbers round, and 2 and 3 the next 64, without each other. All of them in the end, if `all`.
+__global__ void pairs(const int* in, int* out, bool meets, bool all) {
+  __shared__ int tile[128];
+  const int t = static_cast<int>(threadIdx.x), pair = t / 64;
+  for (int i = 0; i < 3; ++i) {
+    tile[t] = i == 0 ? in[t] : out[t];
+    if (meets) sync_threads(1 + pair, 64);
+    out[t] = tile[pair * 64 + 63 - t % 64];
+    if (meets) sync_threads(1 + pair, 64);
+  }
+  tile[t] = out[t];
+  if (all) __syncthreads();
+  out[t] = tile[127 - t];
+}
+// Two warps at a barrier of three, or at one of which they say different things.
+__global__ void two_meet(bool agree) { sync_threads(3, agree || threadIdx.x < 32 ? 96 : 64); }
+
 __global__ void votes(int* out) {
   const int t = static_cast<int>(threadIdx.x), lane = t % 32;
   const unsigned odd = __ballot_sync(0xffffffffu, lane & 1);
@@ -235,6 +252,18 @@ void run(const std::string& name) {
     check(launch(turned, dim3(1), dim3(32), 0, nullptr, in.data(), out.data(), name == "turned"));
     for (int i = 0; i < 32; ++i) expect(out[i], 131 - i);
   }
+  if (name == "pairs" || name == "no_barrier_of_a_pair" || name == "no_barrier_behind_pairs") {
+    std::vector<int> in(128), out(128);
+    for (int i = 0; i < 128; ++i) in[i] = i * 3;
+    check(launch(pairs, dim3(1), dim3(128), 0, nullptr, in.data(), out.data(), name != "no_barrier_of_a_pair",
+                 name != "no_barrier_behind_pairs"));
+    for (int i = 0; i < 128; ++i) {
+      const int from = 127 - i, pair = from / 64;
+      expect(out[i], in[pair * 64 + 63 - from % 64]);
+    }
+  }
+  if (name == "too_few_at_a_barrier" || name == "a_barrier_of_two_sizes")
+    check(launch(two_meet, dim3(1), dim3(64), 0, nullptr, name == "too_few_at_a_barrier"));
   if (name == "votes") {
     int out[2] = {0, 0};
     check(launch(votes, dim3(1), dim3(64), 0, nullptr, out));

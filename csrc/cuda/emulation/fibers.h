@@ -1,6 +1,6 @@
 // A block of CUDA threads on one thread of the system: a fiber each, which runs until it meets the others. Between two
 // such points the fibers run one after the other, in an order that can be chosen: a kernel that lacks a barrier then
-// gives a wrong result in one of the orders.
+// gives a wrong result in one of the orders. Warps that meet at a barrier of their own go on at once, the others later.
 #pragma once
 
 #include <stdio.h>
@@ -29,9 +29,10 @@
 namespace mtl::cuda::emulated {
 
 constexpr int kWarp = 32, kMostThreads = 1024;
+constexpr int kBarriers = 16;              // of a block; 0 is that of __syncthreads
 constexpr size_t kStackBytes = 256 << 10;  // the registers of a thread lie there too
 
-enum class State : uint8_t { kReady, kAtWarp, kAtBlock, kDone };
+enum class State : uint8_t { kReady, kAtWarp, kAtBarrier, kAtBlock, kDone };
 
 // A copy of cp.async that is still on its way.
 struct Copy {
@@ -47,6 +48,8 @@ struct Fiber {
   uint32_t mask = 0;       // whom it waits for in its warp
   unsigned exchanges = 0;  // how many values it has exchanged with its warp
   int predicate = 0;       // of __syncthreads_count and its like
+  int barrier = 0;         // at which it waits, and for how many threads
+  int barrier_threads = 0;
   int group = 0;
   std::vector<Copy> copies;
   char* stack = nullptr;
@@ -71,6 +74,7 @@ struct Block {
   std::vector<Warp> warps;
   std::vector<char> shared;  // with 16 bytes to align it
   int votes[3] = {};         // count, and, or of the last barrier
+  int at_barriers[kBarriers] = {};
   std::vector<char*> stacks;
 #ifdef __x86_64__
   void* pointer = nullptr;
@@ -193,6 +197,18 @@ inline void meet_warp(uint32_t mask) {
   leave();
 }
 
+inline void meet_barrier(int barrier, int threads) {
+  if (barrier < 1 || barrier >= kBarriers || threads < kWarp || threads % kWarp) stop("a barrier that cannot be");
+  for (const Fiber& f : block->fibers)
+    if (f.state == State::kAtBarrier && f.barrier == barrier && f.barrier_threads != threads)
+      stop("threads at a barrier wait for different numbers of them");
+  fiber->barrier = barrier;
+  fiber->barrier_threads = threads;
+  fiber->state = State::kAtBarrier;
+  ++block->at_barriers[barrier];
+  leave();
+}
+
 // Lanes that met others before may have exchanged more values, and show this one in the other of the two places: all of
 // those that meet get it in the same.
 inline void agree_on_exchanges(Fiber* lanes, uint32_t mask) {
@@ -232,6 +248,25 @@ inline bool release_warp(Fiber* lanes, int count) {
   return any;
 }
 
+// Lets go those at a barrier to which as many have come as each of them waits for. Returns whether there were any.
+inline bool release_barriers(Block& b) {
+  bool any = false;
+  for (Fiber& f : b.fibers) {
+    if (f.state != State::kAtBarrier || b.at_barriers[f.barrier] != f.barrier_threads) continue;
+    const int barrier = f.barrier;
+    for (Fiber& other : b.fibers)
+      if (other.state == State::kAtBarrier && other.barrier == barrier) other.state = State::kReady;
+    b.at_barriers[barrier] = 0;
+    any = true;
+  }
+  return any;
+}
+inline bool someone_at_barriers(const Block& b) {
+  for (int waiting : b.at_barriers)
+    if (waiting > 0) return true;
+  return false;
+}
+
 // Runs one block to its end.
 inline void run_block(Block& b, int how) {
   const int count = static_cast<int>(b.fibers.size()), warps = (count + kWarp - 1) / kWarp;
@@ -253,6 +288,8 @@ inline void run_block(Block& b, int how) {
           if (lanes[lane].state == State::kDone) --live;
         }
       } while (release_warp(lanes, lane_count));
+      // Those let go run on before others begin, so that some warps are as far ahead of the rest as barriers allow.
+      if (someone_at_barriers(b) && release_barriers(b)) i = -1;
     }
     int waiting = 0, yes = 0;
     for (const Fiber& f : b.fibers) {

@@ -169,6 +169,7 @@ void cp_async_wait() {
   }
   fiber->copies.resize(kept);
 }
+inline void sync_threads(int barrier, int threads) { emulated::meet_barrier(barrier, threads); }
 
 }  // namespace mtl::cuda
 
