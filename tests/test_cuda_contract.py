@@ -27,7 +27,10 @@ NAMES = (
 )
 OPS = [str(TESTS / f"test_{name}.py") for name in NAMES]
 # The instruction set is that of other kernels: one is enough.
-NOT = ("avx2", "avx512", "reference", "inductor", "2_31", "bitwise", "peak_memory", "second_order", "for_the_cpu")
+NOT = (
+    *("avx2", "avx512", "reference", "inductor", "compile", "2_31", "bitwise", "peak_memory", "second_order"),
+    "for_the_cpu",
+)
 EVERYTHING = " and ".join(f"not {name}" for name in NOT)
 # Values of every op, for the sanitizers.
 OF_VALUES = (

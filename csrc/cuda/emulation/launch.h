@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <atomic>
 #include <map>
+#include <memory>
 #include <mutex>
 #include <thread>
 #include <tuple>
@@ -25,10 +26,34 @@ inline std::mutex& allowed_mutex() {
   return mutex;
 }
 
+// Blocks of former launches, kept for their stacks: threads end with each launch, and to map memory takes long.
+class SpareBlocks {
+ public:
+  std::unique_ptr<Block> take() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (blocks_.empty()) return std::make_unique<Block>();
+    std::unique_ptr<Block> last = std::move(blocks_.back());
+    blocks_.pop_back();
+    return last;
+  }
+  void give(std::unique_ptr<Block> b) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    blocks_.push_back(std::move(b));
+  }
+
+ private:
+  std::mutex mutex_;
+  std::vector<std::unique_ptr<Block>> blocks_;
+};
+inline SpareBlocks& spare_blocks() {
+  static SpareBlocks blocks;
+  return blocks;
+}
+
 inline void run_blocks(dim3 grid, dim3 size, size_t shared, const std::function<void()>& body, int how,
                        std::atomic<int64_t>& next) {
-  static thread_local Block own;
-  Block& b = own;
+  std::unique_ptr<Block> own = spare_blocks().take();
+  Block& b = *own;
   b.grid = grid;
   b.size = size;
   b.body = body;
@@ -58,6 +83,7 @@ inline void run_blocks(dim3 grid, dim3 size, size_t shared, const std::function<
   }
   block = nullptr;
   fiber = nullptr;
+  spare_blocks().give(std::move(own));
 }
 
 }  // namespace emulated
