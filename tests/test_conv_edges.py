@@ -260,3 +260,24 @@ def test_a_sparse_matrix_in_a_compiled_function(any_backend: str, layout: str) -
     got, wanted = (torch.autograd.grad(o.sin().sum(), [x, *conv.parameters()]) for o in (out, expected))
     for a, b in zip(got, wanted, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("aggr", ("mean", "sum", "max"))
+def test_normalised_in_a_compiled_function(any_backend: str, aggr: str) -> None:
+    """Former loops are dropped, or kept with a weight of 0: how many edges there are is a value."""
+    torch._dynamo.reset()
+    conv, x = mtl.MultiTaskConv(8, {"a": 3, "b": 2}, aggr=aggr, normalize="gcn").double(), random(N, 8)
+    edge_index = graph(N, 30)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        out = torch.compile(lambda x, e: conv.packed(x, e), backend="aot_eager")(x, edge_index)
+    expected = conv.packed(x, edge_index)
+    torch.testing.assert_close(out, expected)
+    (got,), (wanted,) = (torch.autograd.grad(o.sin().sum(), x) for o in (out, expected))
+    torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("aggr", ("lstm", "quantile"))
+def test_aggregations_that_need_arguments(aggr: str) -> None:
+    with pytest.raises(ValueError, match=f"aggr: expected '{aggr}' with its arguments in aggr_kwargs"):
+        mtl.MultiTaskConv({"a": 8, "b": 8}, {"a": 1, "b": 1}, aggr=aggr)

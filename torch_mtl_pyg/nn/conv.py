@@ -107,7 +107,14 @@ class MultiTaskConv(MessagePassing):  # type: ignore[misc]
         if aggr == "lstm" and isinstance(channels[0], int):
             sizes = {"in_channels": channels[0], "out_channels": channels[0]}
             kwargs["aggr_kwargs"] = {**sizes, **(kwargs.get("aggr_kwargs") or {})}
-        super().__init__(aggr, **kwargs)
+        try:
+            super().__init__(aggr, **kwargs)
+        except TypeError as error:
+            if "Aggregation" not in str(error):
+                raise
+            raise ValueError(
+                f"aggr: expected {aggr!r} with its arguments in aggr_kwargs, got none: {error}."
+            ) from error
         # The switch of MessagePassing: False has everything take the way over the messages.
         self.fuse = True
         self.layout = layout

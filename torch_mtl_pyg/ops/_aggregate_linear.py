@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from . import _aggregate, reference_graph
 from ._aggregate import again, differentiable
@@ -83,7 +84,7 @@ def plan(args: Arguments, edges: Edges, reduce: int, records: bool) -> tuple[boo
     gather_d, gather_k = num_edges * d * size * byte, num_edges * k * size * byte
     aggregate_first = gather_d + num_dst * products
     project_first = edges.num_src * (products + k * wide_size * byte) + num_edges * k * wide_size * byte
-    first = project_first < aggregate_first
+    first = _decided(project_first < aggregate_first)
     if not records:
         return first, False
     need_x, need_edges = args.x.requires_grad, args.edge_weight is not None and args.edge_weight.requires_grad
@@ -93,8 +94,13 @@ def plan(args: Arguments, edges: Edges, reduce: int, records: bool) -> tuple[boo
     kept += gather_d * (need_x + need_edges)
     gathered = gather_k * ((need_x or need_weights) + need_edges)
     gathered += edges.num_src * products * (need_x + need_weights + need_edges)
-    keep = aggregate_first + kept < min(project_first, aggregate_first) + gathered
+    keep = _decided(aggregate_first + kept < (project_first if first else aggregate_first) + gathered)
     return first and not keep, keep
+
+
+def _decided(cheaper: bool) -> bool:
+    """In a compiled function the number of edges may be one that nobody knows: then what is plain."""
+    return bool(guard_or_false(cheaper)) if torch.compiler.is_compiling() else cheaper
 
 
 def _call(args: Arguments, edges: Edges, reduce: int, project_first: bool, keep: bool) -> tuple[Any, ...]:
