@@ -154,6 +154,7 @@ __device__ inline void cp_async_wait() {
 
 // Whole warps, `threads` of them in all, meet at one of the barriers 1 to 15.
 __device__ inline void sync_threads(int barrier, int threads) {
+  __syncwarp();  // a warp that came in parts would be counted as several
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 

@@ -145,6 +145,7 @@ template <class Element>
 __device__ float end_row(const Row& row, Element* to, float at_label, float e, float beside, float factor) {
   if (row.missing) return 0.0f;
   const float at_own = e * factor - row.scale;
+  asm volatile("" ::: "memory");  // behind the pieces that hold these numbers too, in another type
   reinterpret_cast<float*>(row.own)[row.label] = at_own;
   to[row.label] = from_float<Element>(at_own);
   return fast_log1p(beside) - at_label;
@@ -293,7 +294,8 @@ __global__ void __launch_bounds__(WarpLossShape<Engine, K, D>::kBlock, WarpLossS
   weight_sum.clear();
   // Of some columns of the gradients, the group's rows of each tile, before they are rounded.
   constexpr int kSums = K / (32 * kHalves);
-  const int first_sum = (half * 32 + lane) * kSums;
+  constexpr int kSumStep = 32 * kHalves;
+  const int first_sum = half * 32 + lane;
   float bias_sum[kSums] = {};
   // The warps that have the same rows meet.
   const auto meet = [&] {
@@ -322,7 +324,7 @@ __global__ void __launch_bounds__(WarpLossShape<Engine, K, D>::kBlock, WarpLossS
 #pragma unroll kRowsAtOnce
       for (int r = 0; r < 16; ++r)
 #pragma unroll
-        for (int c = 0; c < kSums; ++c) bias_sum[c] += own_z[r * kLogitRow + first_sum + c];
+        for (int c = 0; c < kSums; ++c) bias_sum[c] += own_z[r * kLogitRow + first_sum + c * kSumStep];
     }
     if (job.dx) {
       // Columns of dx of a warp; at a time. They go out by way of the logits' place, which all have read then.
@@ -374,6 +376,7 @@ __global__ void __launch_bounds__(WarpLossShape<Engine, K, D>::kBlock, WarpLossS
           store_tile(out, kOutRow, job.dx, d, row, n - row < 16 ? static_cast<int>(n - row) : 16, column,
                      d - column < kWide ? d - column : kWide, lane, 32);
         }
+        __syncwarp();  // lanes may have stored more or less
       }
     }
     if (!job.need_sums) continue;
@@ -395,7 +398,7 @@ __global__ void __launch_bounds__(WarpLossShape<Engine, K, D>::kBlock, WarpLossS
     if (r % 8 < s.count && c < d) own[(s.begin + r % 8) * d + c] = v;
   });
 #pragma unroll
-  for (int c = 0; c < kSums; ++c) z[group * K + first_sum + c] = bias_sum[c];
+  for (int c = 0; c < kSums; ++c) z[group * K + first_sum + c * kSumStep] = bias_sum[c];
   __syncthreads();
   if (thread >= K) return;
   float sum = 0.0f;
