@@ -307,8 +307,9 @@ class MultiTaskHeads(nn.Module):
 
         Raises:
             TypeError: ``name`` is no string, ``task`` is neither Task nor int, or ``optimizer`` is no optimizer.
-            ValueError: The name is in use or empty, the width is below 1, or the optimizer does not hold the parameters
-                of the heads, or keeps state that does not lie row by row (LBFGS, Adafactor).
+            ValueError: The name is in use or empty, the width is below 1, a weight or bias is computed from other
+                parameters, or the optimizer does not hold the parameters of the heads, or keeps state that does not lie
+                row by row (LBFGS, Adafactor).
         """
         if not isinstance(name, str):
             raise TypeError(f"name: expected a string, got {type(name).__name__}.")
@@ -321,7 +322,8 @@ class MultiTaskHeads(nn.Module):
         """Removes a head; the others' values stay bit for bit. For ``optimizer`` see :meth:`add_task`.
 
         Raises:
-            TypeError, IndexError, ValueError: There is no such task, it is the last one, or ``optimizer`` does not fit.
+            TypeError, IndexError, ValueError: There is no such task, it is the last one, a weight or bias is computed
+                from other parameters, or ``optimizer`` does not fit.
         """
         name = self.layout.name(name, "name")
         if len(self.tasks) == 1:
@@ -336,8 +338,8 @@ class MultiTaskHeads(nn.Module):
         step to what they were before it. The shared embedding still gets their gradients.
 
         Raises:
-            TypeError, IndexError, ValueError: No name was given, there is no such task, or ``weight`` is computed from
-                other parameters.
+            TypeError, IndexError, ValueError: No name was given, there is no such task, or a weight or bias is computed
+                from other parameters; the forward pass raises it where that happens later.
         """
         freezing.set_frozen(self, self._frozen | self._named(names))
 
