@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from accuracy import DTYPES, assert_accurate
+from conftest import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -117,7 +118,7 @@ def test_bitwise_equal_at_any_number_of_threads(isa: str, reduce: str, d: int, k
             assert torch.equal(a, b)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(
     num_src=st.integers(1, 40),
     num_dst=st.integers(1, 40),

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import require_fused
+from conftest import examples, require_fused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlp_cases import SINGLE, problem
@@ -192,7 +192,7 @@ def tensors() -> st.SearchStrategy[Any]:
     )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=examples(400), deadline=None)
 @given(
     op=st.sampled_from(OPS),
     routed=st.booleans(),

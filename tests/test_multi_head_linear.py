@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from accuracy import DTYPES, assert_accurate, linear_terms
-from conftest import require_fused
+from conftest import examples, require_fused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -90,7 +90,7 @@ def test_layouts(isa: str, dtype: torch.dtype) -> None:
         check_values(*variant)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(
     n=st.integers(0, 420),
     d=st.integers(1, 420),

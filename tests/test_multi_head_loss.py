@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from accuracy import DTYPES
-from conftest import require_fused
+from conftest import examples, require_fused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loss_cases import TASKS, problem, random_tasks
@@ -154,7 +154,7 @@ def test_layouts(isa: str) -> None:
     check_values(p._replace(labels=labels))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25), deadline=None)
 @given(
     n=st.integers(0, 420),
     d=st.integers(1, 300),

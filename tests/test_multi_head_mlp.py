@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from accuracy import DTYPES, assert_accurate
-from conftest import require_fused
+from conftest import examples, require_fused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlp_cases import ACTS, EQUAL, FEW, HIDDEN, ONE, RAGGED, SINGLE, Problem, problem, random_problem
@@ -116,7 +116,7 @@ def test_layouts(isa: str, dtype: torch.dtype, route: str | None) -> None:
         check_values(p.but(route=torch.tensor(3).expand(n)), grad)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(
     n=st.integers(0, 300),
     d=st.integers(1, 100),
