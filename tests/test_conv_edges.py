@@ -270,7 +270,7 @@ def test_normalised_in_a_compiled_function(any_backend: str, aggr: str) -> None:
     edge_index = graph(N, 30)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        out = torch.compile(lambda x, e: conv.packed(x, e), backend="aot_eager")(x, edge_index)
+        out = torch.compile(lambda x, e: conv.packed(x, e), fullgraph=True, backend="aot_eager")(x, edge_index)
     expected = conv.packed(x, edge_index)
     torch.testing.assert_close(out, expected)
     (got,), (wanted,) = (torch.autograd.grad(o.sin().sum(), x) for o in (out, expected))
