@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,9 +53,9 @@ class Case:
         """Of the embedding and all parameters."""
         return torch.autograd.grad(loss, (x, *heads.parameters()))
 
-    def step(self, heads: Any = None) -> Results:
+    def step(self) -> Results:
         """Losses, total, and the gradients of the total."""
-        losses = (self.heads if heads is None else heads).loss(self.x, self.y)
+        losses = self.heads.loss(self.x, self.y)
         return losses.per_task, losses.total, *self.gradients(losses.total, self.heads, self.x)
 
     def expect(self, way: str, got: Results, dtype: torch.dtype, check: Expect, exact: Results | None = None) -> None:

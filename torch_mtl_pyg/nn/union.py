@@ -58,7 +58,7 @@ def disjoint_union(
     for field in fields:
         if field in merged or field == "batch":
             continue
-        if field == "num_graphs":
+        if field == "num_graphs":  # this and the next one as PyG's Batch has them
             merged[field] = sum(counts.values())
             continue
         if field == "ptr":
